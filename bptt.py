@@ -1,0 +1,78 @@
+"""The baseline: the same RNN and readout, trained by backpropagation through time.
+
+    python bptt.py --dataset mnist
+    python bptt.py --dataset mnist --truncate 32              # gradients cross at most 32 steps
+    python bptt.py --init runs/dmt-mnist/ckpt.pt --minutes 5  # post-training of an SMT or DMT checkpoint
+
+Writes runs/bptt-<dataset>.
+"""
+from dataclasses import dataclass
+
+from torch import Tensor
+
+import torch
+import trainer
+from evaluate import evaluate, networks, summary
+from model import RNN, cross_entropy
+from sample import draw_samples
+from trainer import flag
+
+
+@dataclass
+class Config(trainer.Config):
+    truncate: int = flag(0, "steps a gradient may cross; 0 = all of them")
+    init: str = flag("", "checkpoint to start from; empty = from scratch")
+
+
+PRESETS = {
+    "laptop": dict(lr=1e-3),
+    ("laptop", "mnist"): dict(minutes=25.0),
+    "gpu": dict(minutes=17.0, lr=3e-4),
+    "paper": dict(steps=150_000, warmup=1500, decay=False),
+}
+
+
+def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Cross-entropy of the readout along a rollout (Eq. 1) with its whole graph.
+
+    m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"; x, y (B, S) int64 are
+    x_t .. x_{t+S-1} and their targets. Returns named scalars and the last memory (B, K, d).
+    """
+    own = rnn.memories(x) if m is None else rnn.rollout(m, x, t)               # (B, S, K, d)
+    loss = cross_entropy(rnn.logits(own), y)
+    return dict(loss=loss), own[:, -1]
+
+
+def main(argv=None) -> None:
+    cfg, ckpt = trainer.parse(Config, argv, PRESETS, "bptt", __doc__)
+    device, task = trainer.setup(cfg)
+    if ckpt:
+        rnn, encoder, decoder = networks(ckpt, device)
+        if rnn is None:
+            trainer.fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
+        c = rnn.c
+    else:
+        c = trainer.model_config(cfg, task)
+        rnn, encoder, decoder = RNN(c).to(device), None, None
+    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items() if v is not None}
+    run = trainer.Run(
+        cfg, "bptt", nets, [[*rnn.parameters()]], c, task, device, select="rollout",
+        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", 200, kl_sequences=16)),
+        draw=lambda out_dir: draw_samples(out_dir, task, rnn))
+    span = cfg.truncate or task.T
+    for step in run.loop():
+        x, y = task.batch(cfg.batch_size, run.gen)
+        m, targets = None, (y >= 0).sum().clamp(min=1)
+        for t in range(0, task.T, span):
+            part = y[:, t:t + span]
+            with trainer.autocast(device):
+                losses, m = objective(rnn, m, x[:, t:t + span], part, t)
+            if losses["loss"].requires_grad:
+                run.backward(losses, (part >= 0).sum() / targets)
+            m = m.detach()
+        run.update()
+    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")
+
+
+if __name__ == "__main__":
+    trainer.cli(main)

@@ -1,0 +1,135 @@
+"""DAgger Memory Training (Sec. 3, Eq. 6): correct the drift of an SMT-trained RNN on its own memories.
+
+    python dmt.py --ckpt runs/smt-mnist/ckpt.pt
+    python dmt.py --ckpt runs/smt-mnist/ckpt.pt --lambda_kl 0 --lambda_mse 10    # the paper's loss
+    python dmt.py --ckpt runs/smt-mnist/ckpt.pt --rollout parallel --horizon 4
+
+One round: the RNN runs on its own memories, without a graph; the frozen encoder says where it should have been.
+Then a few optimiser steps regress (own m_{t-1}, x_t) -> encoder's m_t on random pairs of the round, in parallel
+over time. No gradient ever crosses a step. Writes runs/dmt-<dataset>.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import trainer
+from evaluate import evaluate, summary
+from model import RNN, Decoder, Encoder, build, cross_entropy, futures
+from sample import draw_samples
+from trainer import flag
+
+
+@dataclass
+class Config(trainer.Config):
+    ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
+    lambda_kl: float = flag(10.0, "weight of the prediction-space loss: KL of the decoder's futures")
+    lambda_mse: float = flag(0.1, "weight of Eq. 6, divided by the variance of the encoder's memories")
+    pairs: int = flag(512, "transitions an optimiser step regresses on")
+    horizon: int = flag(0, "most steps the RNN runs on its own; grows to this during the run; 0 = the whole sequence")
+    rollout: str = flag("sequential", "own memories step by step, or by `horizon` sweeps over all times at once",
+                        choices=("sequential", "parallel"))
+
+
+PRESETS = {
+    "laptop": dict(lr=1e-3, warmup=200, batch_size=24),
+    ("laptop", "mnist"): dict(minutes=10.0),
+    "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, minutes=5.0),
+    "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
+}
+
+
+def horizon_at(done: float, most: int) -> int:
+    """Curriculum: 2 steps at first, growing geometrically to `most` when 60 % of the run is done."""
+    return max(1, min(most, round(2 * (most / 2) ** min(1.0, done / 0.6))))
+
+
+@torch.no_grad()
+def own_memories(rnn: RNN, labels: Tensor, x: Tensor, horizon: int, offset: int, mode: str) -> Tensor:
+    """The RNN's own memories, never further than `horizon` updates from an encoder's: (B, T, K, d).
+
+    labels (B, T, K, d) are the encoder's memories of x (B, T). sequential: every sequence is cut at the times
+    t = offset (mod horizon); there, and at t = 0, the memory is the encoder's, and from there the RNN runs
+    alone, all pieces at once. parallel: `horizon` Jacobi sweeps m_t <- f(m_{t-1}, x_t) over all times, from the
+    encoder's; T - 1 sweeps are the exact rollout from m_0.
+    """
+    B, T = x.shape
+    own = labels.clone()
+    if mode == "parallel":
+        t = torch.arange(1, T, device=x.device).repeat(B)
+        for _ in range(min(horizon, T - 1)):
+            own[:, 1:] = rnn.update(own[:, :-1].flatten(0, 1), x[:, 1:].flatten(), t).view(B, T - 1, *own.shape[2:])
+        return own
+    for age in range(1, horizon):
+        first = (offset + age) % horizon or horizon                            # times t >= 1 with t - offset = age
+        t = torch.arange(first, T, horizon, device=x.device)
+        if len(t):
+            m = rnn.update(own[:, first - 1:T - 1:horizon].flatten(0, 1), x[:, t].flatten(), t.repeat(B))
+            own[:, first::horizon] = m.view(B, len(t), *own.shape[2:]).to(own.dtype)
+    return own
+
+
+def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tensor, m_label: Tensor, x_fut: Tensor,
+              y_fut: Tensor, variance: Tensor, cfg: Config) -> dict[str, Tensor]:
+    """Eq. 6 on N pairs: own memory m_own = m_{t-1} (N, K, d) and x_now = x_t (N,) at t (N,) should give the
+    encoder's m_label = m_t (N, K, d). x_fut (N, Tf-1), y_fut (N, Tf) are the futures of t. Named scalars."""
+    m = rnn.update(m_own.detach(), x_now, t)
+    mse = F.mse_loss(m.float(), m_label.float()) / variance                     # Eq. 6; 1 = no better than the mean
+
+    # Two memories are equal when they predict the same future: KL(encoder's || RNN's) through the frozen decoder
+    with torch.no_grad():
+        p = decoder(m_label, x_fut, t).float().log_softmax(-1)
+    q = decoder(m, x_fut, t).float().log_softmax(-1)
+    valid = y_fut >= 0
+    kl = (F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * valid).sum() / valid.sum().clamp(min=1)
+
+    ce = cross_entropy(rnn.readout(m.detach())[:, 0], y_fut[:, 0])              # tunes the readout alone
+    return dict(loss=cfg.lambda_mse * mse + cfg.lambda_kl * kl + ce, mse=mse, kl=kl, readout=ce)
+
+
+def main(argv=None) -> None:
+    cfg, ckpt = trainer.parse(Config, argv, PRESETS, "dmt", __doc__)
+    if ckpt is None:
+        trainer.fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
+    if "encoder" not in ckpt or "rnn" not in ckpt:
+        trainer.fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); give one of smt.py")
+    device, task = trainer.setup(cfg)
+    encoder, decoder, rnn = (net.to(device) for net in build(ckpt, "encoder", "decoder", "rnn"))
+    c = rnn.c
+    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels exist for t < T
+    times = torch.arange(T)
+    for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
+        p.requires_grad_(False)
+    with torch.no_grad():
+        x, _ = task.batch(64, torch.Generator().manual_seed(0))
+        variance = encoder(x, times).float().flatten(0, 1).var(0, correction=0).mean().clamp(min=1e-8)
+
+    steps_a_round = max(1, cfg.batch_size * (T - 1) // cfg.pairs)
+    run = trainer.Run(
+        cfg, "dmt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
+        [[*rnn.updater.parameters()], [*rnn.readout.parameters()]], c, task, device, select="rollout",
+        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", 200, kl_sequences=16)),
+        draw=lambda out_dir: draw_samples(out_dir, task, rnn), every=steps_a_round)
+    for step in run.loop():
+        if step % steps_a_round == 0:  # a new round of on-policy pairs
+            x, y = task.batch(cfg.batch_size, run.gen)
+            x, y = x[:, :T], y[:, :T]
+            horizon = horizon_at(run.progress(), min(cfg.horizon or T, T))
+            offset = int(torch.randint(horizon, (1,), generator=run.gen)) if horizon < T else 0
+            with torch.no_grad(), trainer.autocast(device):
+                labels = encoder(x, times)                                      # (B, T, K, d)
+                own = own_memories(rnn, labels, x, horizon, offset, cfg.rollout)
+                x_fut, y_fut = futures(x, y, times, c.fut_len)
+            order = torch.randperm(len(x) * (T - 1), generator=run.gen)
+        pick = order[step % steps_a_round * cfg.pairs:][:cfg.pairs]
+        b, t = (v.to(device) for v in (pick // (T - 1), pick % (T - 1) + 1))
+        with trainer.autocast(device):
+            losses = objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance, cfg)
+        run.backward(losses)
+        run.update()
+    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")
+
+
+if __name__ == "__main__":
+    trainer.cli(main)

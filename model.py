@@ -1,0 +1,336 @@
+"""The networks of Supervised Memory Training: Encoder, Decoder, and the RNN (updater + readout).
+
+Glossary (paper's symbol, shape, meaning; the same names everywhere in this project)
+
+    code    paper     shape            meaning
+    B                                  sequences in a batch
+    T       T                          length of a sequence: x_0 .. x_{T-1}, with x_0 = BOS
+    K, d    K, d                       memory tokens, and the width of each (also of every residual stream)
+    H, hd                              attention heads, and the width of each (inner width H * hd)
+    V                                  output symbols;  inputs have their own vocabulary, whose last id is BOS
+    Tc, Tf  T_ctx, T_fut               most context tokens an encoder pass reads; future outputs a decoder predicts
+    n                                  times at which one encoder pass makes memories
+    N, S                               rows of any batch (often B * n), and positions of any token stream
+    x       x         (B, T) int64     inputs
+    y       y         (B, T) int64     targets, -1 = no target here
+    m       m_t       (B, K, d)        memory after reading x_0 .. x_t; every token has root-mean-square 1
+    Encoder E_phi                      context -> m_t                            (Sec. 2, "labels")
+    Decoder D_psi                      m_t, x_{t+1..t+Tf-1} -> y_t .. y_{t+Tf-1} (Eq. 2)
+    update  f_theta                    m_{t-1}, x_t -> m_t                       (Eq. 1)
+    readout g_theta                    m_t -> y_t; a Decoder that is given the memory alone
+
+The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/test_index.py checks it):
+
+    t      0     1     2     3     4     5
+    x_t    BOS   s_0   s_1   s_2   s_3   s_4      s_5 is never an input
+    y_t    s_0   s_1   s_2   s_3   s_4   s_5
+    m_2 has read BOS s_0 s_1.  readout(m_2) predicts y_2 = s_2.  update(m_2, x_3, 3) = m_3.
+    decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the token that arrived last.
+"""
+import dataclasses
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelConfig:
+    """Everything the networks need to be built; a checkpoint stores it as a plain dict."""
+    vocab: int              # input ids 0 .. vocab-1, the last one is BOS
+    n_out: int              # V
+    T: int                  # T: sequence length, and rows of the timestamp table
+    d_model: int = 64       # d
+    n_heads: int = 2        # H
+    head_dim: int = 0       # hd; 0 = d / H
+    mem_tokens: int = 8     # K
+    enc_layers: int = 2
+    dec_layers: int = 2
+    rnn_layers: int = 2
+    rnn: str = "transformer"
+    encoder: str = "causal"
+    ctx_len: int = 0        # Tc
+    fut_len: int = 8        # Tf
+    timestamps: bool = True
+
+
+def norm(h: Tensor) -> Tensor:
+    """RMS normalisation without a gain: (..., d) -> (..., d)."""
+    return F.rms_norm(h, (h.shape[-1],))
+
+
+def rope(pos: Tensor, hd: int) -> tuple[Tensor, Tensor]:
+    """Rotary angles of integer positions `pos` (S,): cos and sin, each (S, hd/2)."""
+    freq = 10000.0 ** (-torch.arange(0, hd, 2, device=pos.device, dtype=torch.float32) / hd)
+    angle = pos.float()[:, None] * freq
+    return angle.cos(), angle.sin()
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block. Split in two, so that the Encoder can keep keys and values of the tokens."""
+
+    def __init__(self, c: ModelConfig, layers: int):
+        super().__init__()
+        self.H, self.hd = c.n_heads, c.head_dim or c.d_model // c.n_heads
+        inner = self.H * self.hd
+        self.w_qkv = nn.Linear(c.d_model, 3 * inner, bias=False)
+        self.w_out = nn.Linear(inner, c.d_model, bias=False)
+        self.w_up = nn.Linear(c.d_model, 4 * c.d_model, bias=False)
+        self.w_down = nn.Linear(4 * c.d_model, c.d_model, bias=False)
+        for w in (self.w_qkv, self.w_out, self.w_up, self.w_down):
+            nn.init.normal_(w.weight, std=w.in_features ** -0.5)
+        with torch.no_grad():  # `layers` blocks add up in the residual stream: start each one small
+            self.w_out.weight /= (2 * layers) ** 0.5
+            self.w_down.weight /= (2 * layers) ** 0.5
+
+    def qkv(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """h (N, S, d) -> queries, keys (rotated by `angles`) and values, each (N, H, S, hd)."""
+        N, S, _ = h.shape
+        q, k, v = self.w_qkv(norm(h)).view(N, S, 3, self.H, self.hd).permute(2, 0, 3, 1, 4)
+        cos, sin = (a.to(q.dtype) for a in angles)
+        a, b = torch.stack([q, k]).chunk(2, dim=-1)                             # (2, N, H, S, hd/2) each
+        q, k = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        return q, k, v
+
+    def mix(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+            causal: bool = False) -> Tensor:
+        """Attend and transform: h (N, S, d), keys of any length, mask (S, keys) bool (True = may look)."""
+        N, S, _ = h.shape
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        h = h + self.w_out(a.transpose(1, 2).reshape(N, S, self.H * self.hd))
+        return h + self.w_down(F.gelu(self.w_up(norm(h))))
+
+    def forward(self, h: Tensor, angles: tuple[Tensor, Tensor], causal: bool = False) -> Tensor:
+        return self.mix(h, *self.qkv(h, angles), causal=causal)
+
+
+class Event(nn.Module):
+    """Embeds the event (x_t, t): the symbol, and in fixed-length tasks the absolute time (the paper's
+    "timestamped set"). Normalised, so that events and memory tokens enter the networks on one scale."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.symbol = nn.Embedding(c.vocab, c.d_model)
+        self.time = nn.Embedding(c.T, c.d_model) if c.timestamps else None
+        for table in (self.symbol, self.time):
+            if table is not None:
+                nn.init.normal_(table.weight, std=c.d_model ** -0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (..., ) int64 symbols, t broadcastable int64 times -> (..., d)."""
+        h = self.symbol(x)
+        return norm(h if self.time is None else h + self.time(t))
+
+
+class Encoder(nn.Module):
+    """E_phi: context tokens and K learned registers; the registers' outputs are the memory (Sec. 2).
+
+    Two attention patterns over the same weights:
+
+    bidirectional   the paper's. One time a pass: [x_{t+1-Tc} .. x_t, registers], full attention.
+    causal          tokens attend causally and never see a register, so their keys and values are computed
+                    once; then n groups of K registers, group i placed at time t_i, each attend to the tokens
+                    up to t_i and to themselves. One pass gives the memories of n times.
+
+    A register k of time t has the same RoPE position in both: (tokens read) + k.
+    """
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.event = Event(c)
+        self.registers = nn.Parameter(torch.randn(c.mem_tokens, c.d_model))
+        self.blocks = nn.ModuleList(Block(c, c.enc_layers) for _ in range(c.enc_layers))
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        """Memories of x (B, T) int64 at `times` (n,), an int64 tensor on the CPU -> (B, n, K, d)."""
+        if self.c.encoder == "bidirectional":
+            return torch.stack([self.encode_window(x, t) for t in times.tolist()], dim=1)
+        assert times.max() < self.c.ctx_len, \
+            f"causal labels exist for t < Tc = {self.c.ctx_len}, asked for t = {times.max()}; raise --ctx_len"
+        past = self.encode_tokens(x[:, :times.max() + 1])
+        return torch.cat([self.encode_groups(past, ts) for ts in times.split(16)], dim=1)
+
+    def encode_window(self, x: Tensor, t: int) -> Tensor:
+        """The paper's pass: the last Tc tokens up to t, then the registers, full attention -> (B, K, d)."""
+        start = max(0, t + 1 - self.c.ctx_len)
+        when = torch.arange(start, t + 1, device=x.device)
+        h = torch.cat([self.event(x[:, start:t + 1], when), self.registers.expand(len(x), -1, -1)], dim=1)
+        angles = rope(torch.arange(h.shape[1], device=x.device), self.blocks[0].hd)
+        for block in self.blocks:
+            h = block(h, angles)
+        return norm(h[:, t + 1 - start:])
+
+    def encode_tokens(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of x (B, L) under causal attention, per layer: 2 x (B, H, L, hd)."""
+        when = torch.arange(x.shape[1], device=x.device)
+        h, past = self.event(x, when), []
+        angles = rope(when, self.blocks[0].hd)
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.qkv(h, angles)
+            past.append((k, v))
+            if i + 1 < len(self.blocks):  # nobody reads the tokens' outputs of the last layer
+                h = block.mix(h, q, k, v, causal=True)
+        return past
+
+    def encode_groups(self, past: list[tuple[Tensor, Tensor]], times: Tensor) -> Tensor:
+        """Register groups at `times` (n,) on the CPU, reading the tokens' `past` -> (B, n, K, d)."""
+        k, _ = past[0]
+        B, n, K, L, dev = len(k), len(times), self.c.mem_tokens, int(times.max()) + 1, k.device
+        when = times.repeat_interleave(K).to(dev)                              # (n K,) time of each register
+        sees_token = torch.arange(L, device=dev) <= when[:, None]              # (n K, L)
+        sees_group = torch.eye(n, dtype=torch.bool, device=dev).repeat_interleave(K, 0).repeat_interleave(K, 1)
+        mask = torch.cat([sees_token, sees_group], dim=1)                      # (n K, L + n K)
+        angles = rope(when + 1 + torch.arange(K, device=dev).repeat(n), self.blocks[0].hd)
+        h = self.registers.repeat(n, 1).expand(B, -1, -1)                      # (B, n K, d)
+        for block, (k, v) in zip(self.blocks, past):
+            q, rk, rv = block.qkv(h, angles)
+            h = block.mix(h, q, torch.cat([k[:, :, :L], rk], 2), torch.cat([v[:, :, :L], rv], 2), mask)
+        return norm(h).view(B, n, K, -1)
+
+
+class Decoder(nn.Module):
+    """D_psi: causal Transformer over [m_t, x_{t+1}, x_{t+2} ..]; predicts y_t at the last memory token,
+    y_{t+1} at x_{t+1}, and so on (Eq. 2). Given the memory alone it is the readout g_theta. Given no memory
+    at all (K = 0) it is a plain causal language model."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.event = Event(c)
+        self.blocks = nn.ModuleList(Block(c, c.dec_layers) for _ in range(c.dec_layers))
+        self.head = nn.Linear(c.d_model, c.n_out, bias=False)
+        nn.init.zeros_(self.head.weight)  # the first prediction is uniform: the loss starts at log V
+
+    def forward(self, m: Tensor, x_fut: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """m (N, K, d); x_fut (N, F) int64 = x_{t+1} .. x_{t+F}; t (N,) int64 time of m.
+
+        Returns logits (N, 1 + F, V) of y_t .. y_{t+F}; without memory (K = 0) logits (N, F, V) of y_{t+1} .. .
+        """
+        h, K = m, m.shape[1]
+        if x_fut is not None:
+            when = t[:, None] + 1 + torch.arange(x_fut.shape[1], device=m.device)
+            h = torch.cat([m, self.event(x_fut, when.clamp(max=self.c.T - 1))], dim=1)  # past the end: padding
+        angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
+        for block in self.blocks:
+            h = block(h, angles, causal=True)
+        return self.head(norm(h[:, max(K - 1, 0):]))
+
+
+class TransformerUpdater(nn.Module):
+    """f_theta over K memory tokens and one event token, full attention; the K outputs are the new memory."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.event = Event(c)
+        self.blocks = nn.ModuleList(Block(c, c.rnn_layers) for _ in range(c.rnn_layers))
+
+    def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.cat([m, self.event(x, t)[:, None]], dim=1)                   # (N, K + 1, d)
+        angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
+        for block in self.blocks:
+            h = block(h, angles)
+        return h[:, :-1]
+
+
+UPDATERS = {"transformer": TransformerUpdater}  # further backbones: (c) -> module, forward(m, x, t) -> (N, K, d)
+
+
+class RNN(nn.Module):
+    """The recurrent network: memory m_0 of "BOS was read", updater (Eq. 1) and readout. Needs no encoder."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.m0 = nn.Parameter(norm(torch.randn(c.mem_tokens, c.d_model)))
+        self.updater = UPDATERS[c.rnn](c)
+        self.readout = Decoder(c)
+
+    def start(self, n: int) -> Tensor:
+        """m_0 for n sequences: (n, K, d)."""
+        return self.m0.expand(n, -1, -1)
+
+    def update(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """m_t from m_{t-1} (N, K, d), x_t (N,) int64 and t (N,) int64 (Eq. 1), RMS-normalised per token."""
+        return norm(self.updater(m, x, t))
+
+    def logits(self, m: Tensor) -> Tensor:
+        """Logits of y_t from m_t: (..., K, d) -> (..., V)."""
+        return self.readout(m.flatten(0, -3))[:, 0].unflatten(0, m.shape[:-2])
+
+    def rollout(self, m: Tensor, x: Tensor, t: int) -> Tensor:
+        """Own memories on data inputs: from m = m_{t-1} (B, K, d) read x (B, S) = x_t .. x_{t+S-1} -> (B, S, K, d)."""
+        out = []
+        for i in range(x.shape[1]):
+            m = self.update(m, x[:, i], torch.full_like(x[:, i], t + i))
+            out.append(m)
+        return torch.stack(out, dim=1) if out else m.new_empty(len(m), 0, *m.shape[1:])
+
+    def memories(self, x: Tensor) -> Tensor:
+        """Rollout of whole sequences x (B, T), alone from m_0: m_0 .. m_{T-1} as (B, T, K, d)."""
+        m0 = self.start(len(x))
+        return torch.cat([m0[:, None], self.rollout(m0, x[:, 1:], 1)], dim=1)
+
+
+def futures(x: Tensor, y: Tensor, times: Tensor, Tf: int) -> tuple[Tensor, Tensor]:
+    """What a decoder at `times` is given and asked for (Eq. 2).
+
+    x, y (B, T) int64; times (n,) int64 -> x_fut (B, n, Tf-1) = x_{t+1} .., y_fut (B, n, Tf) = y_t ..; past the end
+    inputs repeat the last one and targets are -1.
+    """
+    T = x.shape[1]
+    when = times.to(x.device)[:, None] + torch.arange(Tf, device=x.device)     # (n, Tf)
+    y_fut = y[:, when.clamp(max=T - 1)].masked_fill(when >= T, -1)
+    return x[:, when[:, 1:].clamp(max=T - 1)], y_fut
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean nats over the valid targets of y (...,) with logits (..., V); 0 where every target is masked."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), ignore_index=-1, reduction="sum")
+    return total / (y >= 0).sum().clamp(min=1)
+
+
+class CheckpointError(Exception):
+    """A file that is not a usable checkpoint; the message is one line for the user."""
+
+
+def load_checkpoint(path: str) -> dict:
+    """The checkpoint at `path` as plain types and CPU tensors. Raises CheckpointError."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such checkpoint; train one first, or give the path of a ckpt.pt")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises half a dozen types for a damaged or malicious pickle
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]}); it may be truncated, "
+                              "take another one") from None
+    if not isinstance(ckpt, dict) or ckpt.get("format") != 1:
+        raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or best.pt")
+    return ckpt
+
+
+def build(ckpt: dict, *names: str) -> list[nn.Module]:
+    """The networks `names` ("encoder", "decoder", "rnn") of a checkpoint, with its weights, in eval mode."""
+    c = ModelConfig(**ckpt["model"])
+    kinds = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN}
+    out = []
+    for name in names:
+        net = kinds[name](c)
+        try:
+            net.load_state_dict(ckpt[name])
+        except (KeyError, RuntimeError) as e:
+            raise CheckpointError(f"checkpoint has no usable {name} ({str(e).splitlines()[0]}); "
+                                  "it comes from another script or version") from None
+        out.append(net.eval())
+    return out
+
+
+def load(path: str, device: str = "cpu") -> RNN:
+    """The trained RNN of any checkpoint, ready to be stepped (README shows how). Raises CheckpointError."""
+    return build(load_checkpoint(path), "rnn")[0].to(device)
+
+
+def config_dict(c: ModelConfig) -> dict:
+    return dataclasses.asdict(c)

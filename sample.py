@@ -1,0 +1,155 @@
+"""Draw from an RNN: it starts alone from m_0, samples y_t, reads it back as x_{t+1}, and so on.
+
+    python sample.py                                        # the small checkpoint that comes with the project
+    python sample.py --ckpt runs/dmt-mnist/ckpt.pt --n 64 --temperature 0.9
+    python sample.py --ckpt runs/dmt-mnist/ckpt.pt --prefix # completes test images from a growing part (needs data)
+
+Images go to --out as one PNG; for retrieval, whose inputs are not its outputs, test sequences and the RNN's
+answers are printed.
+"""
+import argparse
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data as datasets
+import trainer
+from model import RNN, Decoder, Encoder, build, load_checkpoint
+
+DEFAULT_CKPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "glyphs", "rnn.pt")
+
+
+def pick(logits: Tensor, temperature: float, top_k: int, gen: torch.Generator) -> Tensor:
+    """One symbol per row of logits (N, V) -> (N,) int64; temperature 0 is argmax, top_k 0 keeps all."""
+    logits = logits.float().cpu()
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=gen)[:, 0]
+
+
+@torch.no_grad()
+def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float = 1.0, top_k: int = 0,
+             given: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+    """n sequences of T symbols from the RNN alone: (n, T) int64 on the CPU.
+
+    Row i keeps the first known[i] symbols of given (n, T) and continues from there.
+    """
+    device = rnn.m0.device
+    m, out = rnn.start(n), torch.zeros(n, T, dtype=torch.int64)
+    for t in range(T):
+        with trainer.autocast(str(device)):
+            if t:
+                m = rnn.update(m, out[:, t - 1].to(device), torch.full((n,), t, device=device))
+            out[:, t] = pick(rnn.logits(m), temperature, top_k, gen)
+        if given is not None:
+            out[:, t] = torch.where(t < known, given[:, t], out[:, t])
+    return out
+
+
+@torch.no_grad()
+def generate_teacher(encoder: Encoder, decoder: Decoder, n: int, T: int, gen: torch.Generator) -> Tensor:
+    """n sequences from encoder and decoder, which reads its whole past again for every symbol: (n, T) int64."""
+    device = encoder.registers.device
+    x = torch.full((n, 1), encoder.c.vocab - 1, device=device)  # BOS
+    for t in range(T):
+        with trainer.autocast(str(device)):
+            logits = decoder(encoder(x, torch.tensor([t]))[:, 0])[:, 0]
+        x = torch.cat([x, pick(logits, 1.0, 0, gen)[:, None].to(device)], dim=1)
+    return x[:, 1:].cpu()
+
+
+def grid(images: np.ndarray, columns: int, zoom: int = 3) -> np.ndarray:
+    """(n, H, W) in 0..1, 1 = ink -> one uint8 picture, dark ink on white, `columns` images a row."""
+    n, H, W = images.shape
+    rows = -(-n // columns)
+    page = np.full((rows * (H + 2), columns * (W + 2)), 225, dtype=np.uint8)
+    for i, image in enumerate(images):
+        r, c = divmod(i, columns)
+        page[r * (H + 2) + 1:r * (H + 2) + 1 + H, c * (W + 2) + 1:c * (W + 2) + 1 + W] = 255 - np.rint(image * 255)
+    return page.repeat(zoom, 0).repeat(zoom, 1)
+
+
+def save_png(path: str, page: np.ndarray) -> None:
+    from PIL import Image
+    temporary = path + ".tmp"
+    Image.fromarray(page).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def draw_samples(out_dir: str, task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = None,
+                 decoder: Decoder | None = None, n: int = 40) -> None:
+    """samples.png: n drawings of the RNN's own rollout; with encoder and decoder the teacher's to its left.
+    samples.txt for tasks that are not pictures."""
+    if rnn is None:
+        return
+    gen = torch.Generator().manual_seed(0)
+    if task.image is None:
+        with open(os.path.join(out_dir, "samples.txt"), "w") as f:
+            f.write(answers(task, rnn, 16))
+        return
+    page = grid(np.asarray(datasets.sequences_to_images(task, generate(rnn, n, task.T, gen))), 8)
+    if encoder is not None:
+        left = generate_teacher(encoder, decoder, n, task.T, gen)
+        left = grid(np.asarray(datasets.sequences_to_images(task, left)), 8)
+        page = np.concatenate([left, np.full((len(page), 24), 255, np.uint8), page], axis=1)
+    save_png(os.path.join(out_dir, "samples.png"), page)
+
+
+@torch.no_grad()
+def answers(task: datasets.Data, rnn: RNN, n: int) -> str:
+    """Test sequences and what the RNN, reading them alone, answers where there is a target."""
+    held = task.held_out("test", n)
+    x, y = held["x"], held["y"]
+    guess = rnn.logits(rnn.memories(x)).argmax(-1).where(y >= 0, -1)
+    return "".join(f"{datasets.describe(task, a, b)} | RNN says {[int(v) for v in g[b >= 0]]}\n" for a, b, g in zip(x, y, guess))
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = trainer.fail
+    p.add_argument("--ckpt", default=DEFAULT_CKPT, help="checkpoint with an RNN (default: the one in results/glyphs)")
+    p.add_argument("--n", type=int, default=40, help="how many (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=1.0, help="0 = the most likely symbol (default: %(default)s)")
+    p.add_argument("--top_k", type=int, default=0, help="choose among the k most likely symbols; 0 = all (default: %(default)s)")
+    p.add_argument("--prefix", action="store_true", help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels")
+    p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"), help="for --prefix (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="(default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
+    a = p.parse_args(argv)
+    for name, ok, least in (("n", a.n >= 1, "1"), ("temperature", 0 <= a.temperature < float("inf"), "0"), ("top_k", a.top_k >= 0, "0")):
+        if not ok:
+            trainer.fail(f"--{name} {getattr(a, name)} is not allowed; give a number of at least {least}")
+    ckpt = load_checkpoint(a.ckpt)
+    if "rnn" not in ckpt:
+        trainer.fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
+    device = trainer.pick_device(a.device)
+    rnn = build(ckpt, "rnn")[0].to(device)
+    image, T = ckpt["image"], rnn.c.T
+    if image is None:
+        if a.prefix:
+            trainer.fail("--prefix completes images, and this checkpoint was trained on " + ckpt["config"]["dataset"])
+        print(answers(trainer.load_data(ckpt["config"], a.data_dir, device), rnn, a.n), end="")
+        return
+    gen = torch.Generator().manual_seed(a.seed)
+    if a.prefix:  # one test image a row: 0, 1/8 .. 3/4 of it given, and at the right the image itself
+        known = torch.tensor([0, T // 8, T // 4, T // 2, 3 * T // 4, T]).repeat(a.n)
+        given = trainer.load_data(ckpt["config"], a.data_dir, "cpu").held_out("test", a.n)["y"].repeat_interleave(6, 0)
+        out, columns = generate(rnn, len(given), T, gen, a.temperature, a.top_k, given, known[:len(given)]), 6
+    else:
+        out, columns = generate(rnn, a.n, T, gen, a.temperature, a.top_k), 8
+    page = grid(out.view(-1, *image).numpy() / (rnn.c.n_out - 1), columns)
+    try:
+        save_png(a.out, page)
+    except OSError as e:
+        trainer.fail(f"--out {a.out} cannot be written ({e.strerror}); give another path")
+    print(f"{len(out)} images in {a.out}")
+
+
+if __name__ == "__main__":
+    trainer.cli(main)

@@ -1,0 +1,120 @@
+"""Supervised Memory Training (Sec. 2, Eq. 2-5): train encoder, decoder and RNN together, without recurrence.
+
+    python smt.py                                   # glyphs: nothing to download, 5 minutes on a laptop
+    python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
+    python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
+
+One step: the encoder makes the memories of a few short runs of consecutive times, the decoder predicts the future
+from each of them, and the RNN learns the transition inside each run. Nothing is unrolled. Writes runs/smt-<dataset>.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import trainer
+from evaluate import evaluate, summary
+from model import RNN, Decoder, Encoder, cross_entropy, futures
+from sample import draw_samples
+from trainer import flag
+
+
+@dataclass
+class Config(trainer.Config):
+    lambda_dec: float = flag(1.0, "weight of the decoder's loss, Eq. 2")
+    lambda_dyn: float = flag(0.3, "weight of the one-step dynamics loss, Eq. 3")
+    lambda_unif: float = flag(0.003, "weight of the uniformity loss, Eq. 4")
+    detach_rnn: bool = flag(False, "detached SMT: the gradient of L_dyn does not reach the encoder")
+    runs: int = flag(4, "runs of consecutive times in each sequence")
+    run_len: int = flag(4, "times in a run; each run holds run_len - 1 transitions")
+    micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
+
+
+PRESETS = {
+    ("laptop", "mnist"): dict(minutes=15.0),
+    "gpu": dict(minutes=12.0),
+    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, steps=150_000, warmup=1500, decay=False, runs=1, run_len=2, micro=4),
+    # PAPER Sec. 2: the synthetic tasks train many memories of each sequence
+    ("paper", "retrieval"): dict(lambda_dyn=0.1, lambda_unif=0.001, runs=8, micro=1),
+}
+
+
+def sample_times(T: int, runs: int, run_len: int, gen: torch.Generator) -> Tensor:
+    """Runs of consecutive times, (runs, run_len) int64 on the CPU. Starts may fall before 0 or late and are
+    pushed inside, so that the first and the last times come up as often as the others."""
+    run_len = min(run_len, T)
+    start = torch.randint(1 - run_len, T, (runs, 1), generator=gen).clamp(0, T - run_len)
+    return start + torch.arange(run_len)
+
+
+def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
+    """L_unif, Eq. 4, on at most 512 memory tokens: log of the mean of exp(-2 |a - b|^2) over all pairs of
+    different tokens, scaled to unit length. m (..., d) -> scalar; 0 when all are equal, lower when spread."""
+    m = m.flatten(0, -2)
+    pick = torch.randint(len(m), (min(most, len(m)),), generator=gen).to(m.device)
+    unit = F.normalize(m[pick].float(), dim=-1)
+    same = pick[:, None] == pick  # the same token twice is no pair
+    distance = (2 - 2 * unit @ unit.T).masked_fill(same, torch.inf)
+    return torch.logsumexp(-2 * distance.flatten(), 0) - (~same).sum().clamp(min=1).log()
+
+
+def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor, times: Tensor, cfg: Config,
+              gen: torch.Generator) -> dict[str, Tensor]:
+    """Eq. 2-5 on x, y (B, T) int64 at `times` (runs, run_len) int64 -> named scalars; "loss" is Eq. 5."""
+    flat, dev = times.flatten(), x.device
+    m = encoder(x, flat)                                                        # (B, n, K, d)
+    B, n = m.shape[:2]
+
+    # L_dec, Eq. 2: m_t predicts the future, and is all the decoder sees of the past
+    x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)                       # (B, n, Tf - 1), (B, n, Tf)
+    logits = decoder(m.flatten(0, 1), x_fut.flatten(0, 1), flat.to(dev).repeat(B))
+    dec = cross_entropy(logits, y_fut.flatten(0, 1))
+
+    # L_dyn, Eq. 3: (m_{t-1}, x_t) -> m_t inside each run
+    run = m.unflatten(1, times.shape)                                           # (B, runs, run_len, K, d)
+    if cfg.detach_rnn:
+        run = run.detach()
+    now = times[:, 1:].to(dev)                                                  # (runs, run_len - 1)
+    target = run[:, :, 1:].flatten(0, 2)
+    guess = rnn.update(run[:, :, :-1].flatten(0, 2), x[:, now].flatten(), now.flatten().repeat(B))
+    dyn = F.mse_loss(guess.float(), target.float())
+
+    unif = uniformity(m, gen)                                                   # Eq. 4
+    loss = cfg.lambda_dec * dec + cfg.lambda_dyn * dyn + cfg.lambda_unif * unif  # Eq. 5
+    spread = m.detach().float().var((0, 1), correction=0).mean()                # 0 when the memory has collapsed
+    return dict(loss=loss, dec=dec, dyn=dyn, unif=unif, variance=spread)
+
+
+def main(argv=None) -> None:
+    cfg, _ = trainer.parse(Config, argv, PRESETS, "smt", __doc__)
+    device, task = trainer.setup(cfg)
+    c = trainer.model_config(cfg, task)
+    encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
+    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # causal labels exist for t < Tc
+
+    def refresh():
+        """Give the RNN what it does not learn here: its readout is the decoder, its m_0 = encode([BOS])."""
+        with torch.no_grad():
+            rnn.readout.load_state_dict(decoder.state_dict())
+            bos = torch.full((1, 1), task.bos, device=device)
+            rnn.m0.copy_(encoder(bos, torch.zeros(1, dtype=torch.int64))[0, 0])
+
+    run = trainer.Run(
+        cfg, "smt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
+        [[*encoder.parameters(), *decoder.parameters()], [*rnn.updater.parameters()]], c, task, device, select="one_step",
+        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", 200, kl_sequences=16)),
+        draw=lambda out_dir: draw_samples(out_dir, task, rnn, encoder, decoder), refresh=refresh)
+    for step in run.loop():
+        for _ in range(cfg.micro):
+            x, y = task.batch(max(1, cfg.batch_size // cfg.micro), run.gen)
+            times = sample_times(T, cfg.runs, cfg.run_len, run.gen)
+            with trainer.autocast(device):
+                losses = objective(encoder, decoder, rnn, x, y, times, cfg, run.gen)
+            run.backward(losses, 1 / cfg.micro)
+        run.update()
+    print(f"next: python dmt.py --ckpt {run.path('ckpt.pt')}")
+
+
+if __name__ == "__main__":
+    trainer.cli(main)

@@ -1,0 +1,502 @@
+"""What the training scripts share: flags, presets, device, optimiser, schedule, log, checkpoints, resume.
+
+A script's own file holds its objective and its loop; this file is everything around them:
+
+    cfg, ckpt = trainer.parse(Config, argv, PRESETS, script)      # flags -> dataclass, or one line and exit code 2
+    run = trainer.Run(cfg, script, ...)                           # out_dir, optimiser, resume
+    for step in run.loop():                                       # lr, log, evaluation, checkpoints, the end
+        run.backward(losses)
+        run.update()
+
+A run writes into out_dir: ckpt.pt (newest state, resumable), best.pt (best on the validation split), log.csv,
+config.json, curve.png and samples.png (or samples.txt).
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data as datasets
+from model import UPDATERS, CheckpointError, ModelConfig, load_checkpoint
+
+
+class UsageError(Exception):
+    """Bad input of the user; the message is one line that names the flag or file and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+def flag(default, help: str, group: str = "method", choices=None):
+    """A command-line flag as a dataclass field. `group` says who owns it: "task" and "model" flags come from
+    the checkpoint where one is given; "length" flags may change on resume; all others may not."""
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, choices=choices))
+
+
+@dataclass
+class Config:
+    """Flags of every training script. Defaults are those of the laptop preset."""
+    dataset: str = flag("glyphs", "what to learn", "task", sorted(datasets.OPTIONS))
+    image_size: int = flag(None, "pixels a side, for images", "task")
+    levels: int = flag(None, "grey levels of mnist: 2 or 256", "task")
+    binarize: str = flag(None, "how mnist gets its 2 levels: at half intensity, or one fixed Bernoulli draw", "task",
+                         ("threshold", "static"))
+    glyphs: str = flag(None, "the characters of the glyphs dataset", "task")
+    jitter: float = flag(None, "strength of the random affine maps of glyphs", "task")
+    length: int = flag(None, "sequence length T of retrieval", "task")
+    symbols: int = flag(None, "number of symbols of retrieval", "task")
+    noise: float = flag(None, "probability that a label of retrieval is redrawn", "task")
+    needle_range: int = flag(None, "last position of retrieval's needle; 0 = first quarter", "task")
+
+    rnn: str = flag("transformer", "updater of the RNN", "model", sorted(UPDATERS))
+    encoder: str = flag("causal", "attention pattern of the encoder", "model", ("bidirectional", "causal"))
+    d_model: int = flag(64, "d: width of memory tokens and residual streams", "model")
+    n_heads: int = flag(2, "H: attention heads", "model")
+    head_dim: int = flag(0, "width of a head; 0 = d / H", "model")
+    mem_tokens: int = flag(8, "K: memory tokens", "model")
+    enc_layers: int = flag(2, "layers of the encoder", "model")
+    dec_layers: int = flag(2, "layers of the decoder and the readout", "model")
+    rnn_layers: int = flag(2, "layers of the updater", "model")
+    ctx_len: int = flag(0, "Tc: most tokens the encoder reads; 0 = the whole sequence", "model")
+    fut_len: int = flag(8, "Tf: future outputs the decoder predicts; 0 = the whole sequence", "model")
+    timestamps: bool = flag(True, "give encoder, decoder and updater the absolute time of every token", "model")
+
+    data_dir: str = flag(os.environ.get("SMT_DATA_DIR", "data"), "where data files are, or are downloaded to; the "
+                         "environment variable SMT_DATA_DIR changes the default", "length")
+    out_dir: str = flag("", "where the run writes; empty = runs/<script>-<dataset>", "length")
+    preset: str = flag("", "sizes and recipe; empty = gpu on CUDA, else laptop", choices=("laptop", "gpu", "paper"))
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    threads: int = flag(0, "CPU threads; 0 = torch's choice")
+    seed: int = flag(0, "seed of weights and batches")
+    steps: int = flag(0, "length of the run in optimiser steps; 0 = no limit", "length")
+    minutes: float = flag(5.0, "length of the run in minutes, all resumes together; 0 = no limit", "length")
+    stop_after: float = flag(0.0, "end this call after so many minutes, saved and resumable; 0 = never", "length")
+    batch_size: int = flag(24, "sequences a step")
+    lr: float = flag(2e-3, "peak learning rate of AdamW")
+    warmup: int = flag(50, "steps of linear warm-up")
+    decay: bool = flag(True, "cosine decay of the learning rate to 5 %% of its peak at the end of the run")
+    log_every: int = flag(50, "steps between log lines", "length")
+    eval_every: int = flag(250, "steps between evaluations on the validation split; 0 = only at the end", "length")
+    ckpt_every: int = flag(250, "steps between checkpoints; 0 = only at the end", "length")
+    compile: bool = flag(False, "torch.compile the Transformer blocks")
+    resume: bool = flag(False, "continue the run in out_dir", "length")
+    overwrite: bool = flag(False, "replace the run in out_dir", "length")
+
+
+# Sizes of PAPER Sec. 4-5 for "paper"; "gpu" keeps the sizes and takes the cheaper labels and schedule.
+_big = dict(d_model=256, n_heads=4, mem_tokens=16, enc_layers=8, dec_layers=4, rnn_layers=8, batch_size=128)
+SIZES = {
+    "laptop": dict(),
+    "gpu": _big | dict(fut_len=16, lr=1e-3, warmup=200, eval_every=500, ckpt_every=500),
+    "paper": _big | dict(n_heads=8, head_dim=64, encoder="bidirectional", ctx_len=256, fut_len=64, timestamps=False,
+                         lr=3e-4, minutes=0.0, eval_every=1000, ckpt_every=1000),
+}
+
+
+def preset_values(preset: str, dataset: str, own: dict) -> dict:
+    """Values of a preset; `own` are the script's: {preset: values, (preset, dataset): values}."""
+    out = SIZES[preset] | own.get(preset, {}) | own.get((preset, dataset), {})
+    if preset == "laptop" and dataset == "mnist":
+        out = {"image_size": 14} | out
+    if dataset == "retrieval":  # PAPER Sec. 6: Tc = Tf = T for synthetic tasks
+        out = out | {"ctx_len": 0, "fut_len": 0}
+    return out
+
+
+def fail(message: str):
+    raise UsageError(message)
+
+
+def parse(Config, argv, own_presets: dict, script: str, doc: str):
+    """Flags -> (config, checkpoint to start from or None).
+
+    Values come, from weakest to strongest: defaults, preset, the checkpoint given by --ckpt or --init (task and
+    model), the command line; on --resume the stored run wins over all but the command line, and the command line
+    may only change "length" flags. Raises UsageError, CheckpointError.
+    """
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    p = argparse.ArgumentParser(prog=f"{script}.py", description=doc, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = fail  # one line instead of a usage block
+    for name, f in fields.items():
+        shown = "the dataset's" if f.default is None else f.default if f.default != "" else "-"
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
+            dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__)
+        p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})", **kind)
+    explicit = vars(p.parse_args(argv))
+    group = {name: f.metadata["group"] for name, f in fields.items()}
+
+    source = explicit.get("ckpt") or explicit.get("init")
+    ckpt = load_checkpoint(source) if source else None
+    if ckpt:
+        for name in explicit:
+            if group[name] in ("task", "model"):
+                fail(f"--{name} comes from the checkpoint {source}; leave it out, or train a new one")
+    inherited = {k: v for k, v in ckpt["config"].items() if group.get(k) in ("task", "model")} if ckpt else {}
+    dataset = inherited.get("dataset") or explicit.get("dataset") or fields["dataset"].default
+
+    out_dir = explicit.get("out_dir") or f"runs/{script}-{dataset}"
+    preset = explicit.get("preset") or (ckpt and ckpt["config"]["preset"]) or \
+        ("gpu" if pick_device(explicit.get("device", "auto")).startswith("cuda") else "laptop")
+    values = preset_values(preset, dataset, own_presets) | inherited
+    if "steps" in explicit and "minutes" not in explicit:
+        values["minutes"] = 0.0  # a run counted in steps has no clock, so that it can be repeated exactly
+    cfg = Config(**{k: v for k, v in (values | explicit).items() if k in fields} | dict(preset=preset, out_dir=out_dir))
+
+    options = datasets.OPTIONS[dataset]
+    for name in (n for d in datasets.OPTIONS.values() for n in d):
+        if name in options:
+            if getattr(cfg, name) is None:
+                setattr(cfg, name, options[name])
+        elif name in explicit:
+            fail(f"--{name} means nothing to --dataset {dataset}; leave it out")
+        else:
+            setattr(cfg, name, None)
+    if cfg.resume and cfg.overwrite:
+        fail("--resume continues a run and --overwrite replaces it; give one of them")
+    if cfg.resume:
+        stored = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        if stored["script"] != script:
+            fail(f"--out_dir {out_dir} holds a run of {stored['script']}.py; resume it with that script")
+        for name, old in stored["config"].items():
+            if group.get(name) == "length":
+                continue
+            if name in explicit and explicit[name] != old:
+                fail(f"--{name} {explicit[name]} differs from {old} in {out_dir}; only run length and logging may "
+                     f"change on --resume")
+            setattr(cfg, name, old)
+        for name in ("steps", "minutes", "log_every", "eval_every", "ckpt_every"):
+            if name not in explicit and not ("steps" in explicit and name == "minutes"):
+                setattr(cfg, name, stored["config"][name])
+    elif os.path.exists(os.path.join(out_dir, "ckpt.pt")) and not cfg.overwrite:
+        fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or another --out_dir")
+    check(cfg)
+    return cfg, ckpt
+
+
+def check(cfg) -> None:
+    """Refuse values no run can mean. Raises UsageError naming the flag."""
+    least = dict(d_model=1, n_heads=1, mem_tokens=1, enc_layers=1, dec_layers=1, rnn_layers=1, batch_size=1, log_every=1,
+                 pairs=1, runs=1, run_len=2, micro=1, head_dim=0, ctx_len=0, fut_len=0, threads=0, seed=0, steps=0,
+                 minutes=0, stop_after=0, warmup=0, eval_every=0, ckpt_every=0, horizon=0, truncate=0, lambda_dec=0,
+                 lambda_dyn=0, lambda_unif=0, lambda_kl=0, lambda_mse=0)
+    for name, low in least.items():
+        value = getattr(cfg, name, low)
+        if not (value >= low and math.isfinite(value)):
+            fail(f"--{name} {value} is not allowed; give a number of at least {low}")
+    if not 0 < cfg.lr < math.inf:
+        fail(f"--lr {cfg.lr} is not allowed; give a number above 0, such as 1e-3")
+    if not cfg.steps and not cfg.minutes:
+        fail("--steps and --minutes are both 0, so the run would never end; give one of them")
+    if not cfg.head_dim and cfg.d_model % cfg.n_heads:
+        fail(f"--d_model {cfg.d_model} is not a multiple of --n_heads {cfg.n_heads}; change one, or give --head_dim")
+    if (cfg.head_dim or cfg.d_model // cfg.n_heads) % 2:
+        fail(f"--head_dim {cfg.head_dim or cfg.d_model // cfg.n_heads} is odd; RoPE rotates pairs, make it even")
+
+
+def cli(main):
+    """Run main(argv); turn the user's mistakes into one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except (UsageError, datasets.DataError, CheckpointError) as e:
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ------------------------------------------------------------------------------------- device and sizes
+
+def pick_device(name: str) -> str:
+    """"auto" -> cuda, mps or cpu; anything else is checked. Raises UsageError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        fail(f"--device {name} cannot be used here ({str(e).splitlines()[0][:80]}); try --device cpu")
+    return name
+
+
+def autocast(device: str):
+    """bf16 on CUDA; fp32 elsewhere (bf16 is slower than fp32 on the CPUs tried)."""
+    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
+
+
+def setup(cfg) -> tuple[str, datasets.Data]:
+    """Device and data of a run; seeds torch."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    return device, load_data(vars(cfg), cfg.data_dir, device)
+
+
+def load_data(config: dict, data_dir: str, device: str) -> datasets.Data:
+    """The dataset a config (of a run or of a checkpoint) describes."""
+    options = {k: config[k] for k in datasets.OPTIONS[config["dataset"]]}
+    return datasets.load(config["dataset"], data_dir=data_dir, device=device, **options)
+
+
+def model_config(cfg, task: datasets.Data) -> ModelConfig:
+    """Network sizes from flags and data; Tc and Tf are cut to the sequence. Raises UsageError."""
+    cut = lambda n: min(n, task.T) if n else task.T
+    names = [f.name for f in dataclasses.fields(ModelConfig)]
+    given = {k: v for k, v in vars(cfg).items() if k in names}
+    return ModelConfig(**given | dict(vocab=task.vocab, n_out=task.n_out, T=task.T, ctx_len=cut(cfg.ctx_len),
+                                      fut_len=cut(cfg.fut_len), timestamps=cfg.timestamps and task.timestamps))
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+class Run:
+    """One training run: schedule, log, evaluation, checkpoints.
+
+    nets       name -> module, all saved
+    trained    groups of parameters to train; the gradient of each group is clipped by itself
+    validate   () -> {name: float}: numbers on the validation split; the run keeps the lowest `select` in best.pt
+    draw       (out_dir) -> None: writes samples
+    refresh    called before every evaluation and checkpoint
+    every      the run stops and saves only at multiples of this many steps (DMT: one round of labels)
+    """
+
+    def __init__(self, cfg, script: str, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]],
+                 model: ModelConfig, task: datasets.Data, device: str, validate, draw, select: str,
+                 refresh=lambda: None, every: int = 1):
+        self.cfg, self.script, self.nets, self.model, self.task, self.device = cfg, script, nets, model, task, device
+        self.validate, self.draw, self.select, self.refresh, self.every = validate, draw, select, refresh, every
+        # Sec. 5: AdamW, betas (0.9, 0.95), weight decay 0.01
+        self.optimizer = torch.optim.AdamW([dict(params=g) for g in trained], lr=cfg.lr, betas=(0.9, 0.95),
+                                           weight_decay=0.01, fused=device != "mps")
+        self.gen = torch.Generator().manual_seed(cfg.seed)  # all randomness of training; evaluation has its own
+        self.step, self.spent, self.best, self.history, self.sums = 0, 0.0, math.inf, [], {}
+        self.began = self.last_log = time.time()
+        self.metrics = {}
+        try:
+            os.makedirs(cfg.out_dir, exist_ok=True)
+            self.write("config.json", lambda f: json.dump(dataclasses.asdict(cfg), f, indent=1))
+        except OSError as e:
+            fail(f"--out_dir {cfg.out_dir} cannot be written ({e.strerror}); give another")
+        if cfg.resume:
+            self.load(load_checkpoint(self.path("ckpt.pt")))
+        elif cfg.overwrite:
+            for name in ("ckpt.pt", "best.pt", "log.csv", "curve.png", "samples.png", "samples.txt"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
+        if cfg.compile:
+            for net in nets.values():
+                for block in (b for b in net.modules() if hasattr(b, "w_qkv")):
+                    block.qkv = torch.compile(block.qkv, dynamic=True)
+                    block.mix = torch.compile(block.mix, dynamic=True)
+        self.say_hello()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.cfg.out_dir, name)
+
+    def say(self, line: str) -> None:
+        tqdm.write(line) if self.on_terminal() else print(line, flush=True)
+
+    @staticmethod
+    def on_terminal() -> bool:
+        return sys.stderr.isatty()
+
+    def say_hello(self) -> None:
+        here = os.path.dirname(os.path.abspath(__file__))
+        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        where = torch.cuda.get_device_name() if self.device.startswith("cuda") else platform.machine()
+        self.say(f"{self.script} on {self.cfg.dataset} | preset {self.cfg.preset} | torch {torch.__version__} | "
+                 f"{self.device} ({where}, {torch.get_num_threads()} threads) | commit {git.stdout.strip() or 'unknown'}")
+        for name, net in self.nets.items():
+            count = sum(p.numel() for p in net.parameters())
+            trained = sum(p.numel() for g in self.optimizer.param_groups for p in g["params"]
+                          if any(p is q for q in net.parameters()))
+            self.say(f"  {name}: {count:,} parameters, {trained:,} trained")
+        self.say("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.cfg).items() if v not in (None, "")))
+        if self.step:
+            self.say(f"  resumed at step {self.step}, {self.spent / 60:.1f} minutes spent")
+
+    def elapsed(self) -> float:
+        return self.spent + time.time() - self.began
+
+    def progress(self) -> float:
+        """Fraction of the run that is done, 0 .. 1: by steps, by minutes, or by whichever is further."""
+        c = self.cfg
+        return min(1.0, max(self.step / c.steps if c.steps else 0.0, self.elapsed() / 60 / c.minutes if c.minutes else 0.0))
+
+    def loop(self):
+        """Yield step numbers until the run is over; between two, do everything that is not the objective."""
+        c, stop = self.cfg, []
+        old = {s: signal.signal(s, lambda num, _: stop.append(num) if not stop else sys.exit(1))
+               for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {postfix}", disable=not self.on_terminal())
+        try:
+            while (done := self.progress()) < 1:
+                scale = min(1.0, (self.step + 1) / max(1, c.warmup))
+                if c.decay:
+                    scale *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+                for g in self.optimizer.param_groups:
+                    g["lr"] = c.lr * scale
+                yield self.step
+                self.step += 1
+                if self.step % c.log_every == 0:
+                    self.log(bar)
+                if c.eval_every and self.step % c.eval_every == 0 and self.progress() < 1:
+                    self.evaluate()
+                if self.step % self.every == 0:
+                    late = c.stop_after and time.time() - self.began > 60 * c.stop_after
+                    if stop or late:
+                        self.save()
+                        self.say(f"stopped at step {self.step}; continue with: python {self.script}.py --resume "
+                                 f"--out_dir {c.out_dir}")
+                        sys.exit(130 if stop else 0)
+                    if c.ckpt_every and self.step % c.ckpt_every < self.every:
+                        self.save()
+            self.evaluate()
+            self.save()
+            self.draw(c.out_dir)
+            self.say(f"done: {self.step} steps, {self.elapsed() / 60:.1f} minutes; results in {c.out_dir}: ckpt.pt, best.pt, "
+                     f"log.csv, {', '.join(n for n in ('curve.png', 'samples.png', 'samples.txt') if os.path.exists(self.path(n)))}")
+        finally:
+            bar.close()
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def backward(self, losses: dict[str, torch.Tensor], weight: float = 1.0) -> None:
+        """Accumulate gradients of losses["loss"] and keep the means of all for the log."""
+        (losses["loss"] * weight).backward()
+        for k, v in losses.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v.detach() * weight
+
+    def update(self) -> None:
+        """Clip each group's gradient to norm 1 by itself (Sec. 5) and take the optimiser's step."""
+        for g in self.optimizer.param_groups:
+            size = nn.utils.clip_grad_norm_(g["params"], 1.0)
+            self.sums["grad"] = self.sums.get("grad", 0.0) + size
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sums["count"] = self.sums.get("count", 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Means of the losses since they were last asked for. Stops the run if one is not finite."""
+        count = self.sums.pop("count", 1)
+        out, self.sums = {k: float(v) / count for k, v in self.sums.items()}, {}
+        bad = [k for k, v in out.items() if not math.isfinite(v)]
+        if bad:
+            last = f"the last good checkpoint is {self.path('ckpt.pt')}" if os.path.exists(self.path("ckpt.pt")) else \
+                "there is no checkpoint yet"
+            fail(f"{', '.join(bad)} is not finite at step {self.step}; {last}; try a smaller --lr")
+        return out
+
+    def log(self, bar) -> None:
+        c, now = self.cfg, time.time()
+        row = self.means()
+        rate = c.log_every / (now - self.last_log)
+        self.last_log, done = now, self.progress()
+        left = [(c.steps - self.step) / rate] * bool(c.steps) + [c.minutes * 60 - self.elapsed()] * bool(c.minutes)
+        lr = self.optimizer.param_groups[0]["lr"]
+        shown = " | ".join(f"{k} {v:.4f}" for k, v in row.items())
+        of = f"/{c.steps}" if c.steps else ""
+        line = f"step {self.step}{of} | {shown} | lr {lr:.1e} | {rate * c.batch_size * self.task.T / 1e3:.1f}k tok/s | eta {max(0, min(left)) / 60:.1f}m"
+        if bar.disable:
+            print(line, flush=True)
+        else:
+            bar.update(100 * done - bar.n)
+            bar.set_postfix_str(line)
+        self.history.append(dict(step=self.step, seconds=round(self.elapsed(), 2), lr=lr) | row)
+        self.write_log()
+
+    def evaluate(self) -> None:
+        """Numbers and pictures; keeps best.pt. Leaves the training state as it was."""
+        self.check_finite()
+        self.refresh()
+        self.metrics = {k: v for k, v in self.validate().items() if isinstance(v, (int, float))}
+        self.history.append(dict(step=self.step, seconds=round(self.elapsed(), 2)) | {"val_" + k: v for k, v in self.metrics.items()})
+        self.say(f"step {self.step} | {self.elapsed() / 60:.1f}m | validation | " +
+                 " | ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
+        if self.metrics[self.select] < self.best:
+            self.best = self.metrics[self.select]
+            self.write("best.pt", lambda f: torch.save(self.state(), f), "wb")
+        self.write_log()
+        self.draw_curve()
+        self.draw(self.cfg.out_dir)
+        self.last_log = time.time()
+
+    def check_finite(self) -> None:
+        """Weights are finite; else stop before anything is overwritten."""
+        norms = torch.stack([p.detach().float().norm() for g in self.optimizer.param_groups for p in g["params"]])
+        if not torch.isfinite(norms).all():
+            self.sums["weights"] = math.nan
+            self.means()
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict:
+        """What a user of the trained networks needs: plain types and tensors."""
+        return dict(format=1, script=self.script, step=self.step, config=dataclasses.asdict(self.cfg),
+                    model=dataclasses.asdict(self.model), image=self.task.image, metrics=self.metrics) | \
+            {name: net.state_dict() for name, net in self.nets.items()}
+
+    def save(self) -> None:
+        self.check_finite()
+        self.refresh()
+        full = self.state() | dict(optimizer=self.optimizer.state_dict(), elapsed=self.elapsed(), best=self.best,
+                                   history=self.history, rng=self.gen.get_state(), torch_rng=torch.get_rng_state())
+        self.write("ckpt.pt", lambda f: torch.save(full, f), "wb")
+
+    def load(self, ckpt: dict) -> None:
+        for name, net in self.nets.items():
+            net.load_state_dict(ckpt[name])
+        self.optimizer.load_state_dict(ckpt["optimizer"])
+        self.step, self.spent, self.best, self.history = ckpt["step"], ckpt["elapsed"], ckpt["best"], ckpt["history"]
+        self.metrics = ckpt["metrics"]
+        self.gen.set_state(ckpt["rng"])
+        torch.set_rng_state(ckpt["torch_rng"])
+
+    def write(self, name: str, writer, mode: str = "w") -> None:
+        """Write out_dir/name so that it is either the old file or the whole new one, whatever happens."""
+        temporary = self.path(name + ".tmp")
+        try:
+            with open(temporary, mode) as f:
+                writer(f)
+            os.replace(temporary, self.path(name))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+    def write_log(self) -> None:
+        """The whole history, so that a resumed run's log.csv has no gap and no double line."""
+        columns = list(dict.fromkeys(k for row in self.history for k in row))
+        self.write("log.csv", lambda f: csv.DictWriter(f, columns).writerows([dict(zip(columns, columns))] + self.history))
+
+    def draw_curve(self) -> None:
+        """curve.png: training losses, and the validation numbers that share the unit of `select`."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+        panels = [[k for k in self.history[0] if k not in ("step", "seconds", "lr", "grad") and not k.startswith("val_")],
+                  ["val_teacher", "val_one_step", "val_rollout"], ["val_drift", "val_one_step_drift", "val_kl"]]
+        for ax, names, title in zip(axes, panels, ("training", "validation loss", "validation drift (1 - R²) and KL")):
+            for name in names:
+                points = [(r["seconds"] / 60, r[name]) for r in self.history if isinstance(r.get(name), float)]
+                if points:
+                    ax.plot(*zip(*points), ".-", label=name.removeprefix("val_"))
+            ax.set(title=title, xlabel="minutes")
+            if ax.lines:
+                ax.legend()
+        fig.tight_layout()
+        self.write("curve.png", lambda f: fig.savefig(f, dpi=90, format="png"), "wb")
+        plt.close(fig)

@@ -1,0 +1,57 @@
+"""An outside yardstick: a plain causal Transformer of the teacher's size, trained by next-token loss.
+
+    python transformer.py --dataset mnist
+
+It is the Decoder without memory, with the layers of encoder and decoder together. It reads its whole past again at
+every step, so it is no RNN; it says what the data allow. evaluate.py reports it in the column "teacher". Writes
+runs/transformer-<dataset>.
+"""
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import trainer
+from evaluate import evaluate, summary
+from model import Decoder, cross_entropy
+
+
+@dataclass
+class Config(trainer.Config):
+    pass
+
+
+PRESETS = {
+    ("laptop", "mnist"): dict(minutes=25.0),
+    "gpu": dict(minutes=17.0),
+    "paper": dict(steps=150_000, warmup=1500, decay=False),
+}
+
+
+def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Next-token cross-entropy of x, y (B, T) int64."""
+    nothing = torch.empty(len(x), 0, decoder.c.d_model, device=x.device)       # K = 0: no memory to read
+    return dict(loss=cross_entropy(decoder(nothing, x, x.new_full((len(x),), -1)), y))
+
+
+def main(argv=None) -> None:
+    cfg, _ = trainer.parse(Config, argv, PRESETS, "transformer", __doc__)
+    device, task = trainer.setup(cfg)
+    c = trainer.model_config(cfg, task)
+    c = dataclasses.replace(c, dec_layers=c.enc_layers + c.dec_layers)
+    decoder = Decoder(c).to(device)
+    run = trainer.Run(
+        cfg, "transformer", dict(decoder=decoder), [[*decoder.parameters()]], c, task, device, select="teacher",
+        validate=lambda: summary(evaluate(task, None, None, decoder, "val", 200)), draw=lambda out_dir: None)
+    for step in run.loop():
+        x, y = task.batch(cfg.batch_size, run.gen)
+        with trainer.autocast(device):
+            losses = objective(decoder, x, y)
+        run.backward(losses)
+        run.update()
+    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')}")
+
+
+if __name__ == "__main__":
+    trainer.cli(main)
