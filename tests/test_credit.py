@@ -1,0 +1,101 @@
+"""Lesson: where gradients go. SMT and DMT never cross a step of the RNN; BPTT does, as far as it is allowed."""
+import pytest
+import torch
+from tiny import B, K, T, networks, sequences
+
+import bptt
+import dmt
+import smt
+
+
+def test_rollout_is_repeated_update():
+    """The rollout's first step is one update from m_0, its k-th the k-th."""
+    _, _, rnn = networks()
+    x, _ = sequences()
+    own, m = rnn.memories(x), rnn.start(B)
+    assert torch.equal(own[:, 0], m)
+    for t in range(1, T):
+        m = rnn.update(m, x[:, t], torch.full((B,), t))
+        assert torch.allclose(own[:, t], m, atol=1e-5)
+
+
+def test_bptt_crosses_steps_and_truncation_cuts_them():
+    """d loss_t / d m_s is not zero for full BPTT, and zero across a truncation point."""
+    _, _, rnn = networks()
+    x, y = sequences()
+    _, m = bptt.objective(rnn, None, x[:, :4], y[:, :4], 0)
+    losses, _ = bptt.objective(rnn, m, x[:, 4:], y[:, 4:], 4)
+    assert torch.autograd.grad(losses["loss"], rnn.m0)[0].abs().sum() > 0
+    _, m = bptt.objective(rnn, None, x[:, :4], y[:, :4], 0)
+    losses, _ = bptt.objective(rnn, m.detach(), x[:, 4:], y[:, 4:], 4)
+    assert torch.autograd.grad(losses["loss"], rnn.m0, allow_unused=True)[0] is None
+
+
+def test_truncation_in_pieces_has_the_loss_of_the_whole():
+    """The pieces' losses, weighted by their targets, add up to the loss of one full pass."""
+    _, _, rnn = networks()
+    x, y = sequences()
+    y[0, :7] = -1
+    whole = bptt.objective(rnn, None, x, y, 0)[0]["loss"]
+    m, total = None, 0.0
+    for t in range(0, T, 4):
+        losses, m = bptt.objective(rnn, m, x[:, t:t + 4], y[:, t:t + 4], t)
+        total = total + losses["loss"] * (y[:, t:t + 4] >= 0).sum() / (y >= 0).sum()
+    assert torch.allclose(whole, total, atol=1e-5)
+
+
+def dmt_losses(rnn, encoder, decoder, x, y, own):
+    labels = encoder(x, torch.arange(T))
+    t = torch.tensor([3, 5, 8])
+    b = torch.arange(B)
+    x_fut, y_fut = x[:, 4:7], y[:, 3:7]
+    return dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut, y_fut, torch.ones(()), dmt.Config())
+
+
+def test_dmt_does_not_cross_a_step():
+    """Even if somebody hands the objective memories with a graph, no gradient reaches an earlier step."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    own = rnn.memories(x)
+    own.retain_grad()
+    losses = dmt_losses(rnn, encoder, decoder, x, y, own)
+    losses["loss"].backward()
+    assert own.grad is None and rnn.m0.grad is None
+    assert all(p.grad is not None for p in rnn.updater.blocks.parameters())
+
+
+def test_dmt_leaves_the_teacher_alone():
+    """Frozen networks have grad None, although the prediction-space loss goes through the frozen decoder."""
+    encoder, decoder, rnn = networks()
+    for p in (*encoder.parameters(), *decoder.parameters()):
+        p.requires_grad_(False)
+    x, y = sequences()
+    dmt_losses(rnn, encoder, decoder, x, y, dmt.own_memories(rnn, encoder(x, torch.arange(T)), x, 4, 1, "sequential"))["loss"].backward()
+    assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters()))
+
+
+def test_readout_loss_does_not_move_the_updater():
+    """In DMT the readout learns on detached memories: without KL and MSE the updater gets no gradient."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    labels = encoder(x, torch.arange(T))
+    t, b = torch.tensor([3, 5, 8]), torch.arange(B)
+    losses = dmt.objective(decoder, rnn, labels[b, t - 1], x[b, t], t, labels[b, t], x[:, 4:7], y[:, 3:7], torch.ones(()),
+                           dmt.Config(lambda_kl=0.0, lambda_mse=0.0))
+    losses["readout"].backward()
+    assert all(p.grad is None for p in rnn.updater.parameters())
+    assert rnn.readout.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_joint_smt_shapes_the_encoder_and_detached_does_not(detach):
+    """With the decoder's and the uniformity loss off, the encoder learns from L_dyn exactly when it is joint."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    cfg = smt.Config(lambda_dec=0.0, lambda_unif=0.0, detach_rnn=detach)
+    losses = smt.objective(encoder, decoder, rnn, x, y, torch.tensor([[0, 1, 2], [6, 7, 8]]), cfg, torch.Generator())
+    losses["loss"].backward()
+    moved = encoder.registers.grad.abs().sum() > 0
+    assert moved != detach
+    assert rnn.updater.blocks[0].w_qkv.weight.grad.abs().sum() > 0
+    assert rnn.readout.head.weight.grad is None and rnn.m0.grad is None  # SMT copies these, it does not train them

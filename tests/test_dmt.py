@@ -1,0 +1,84 @@
+"""Lesson: the RNN's own memories, at most `horizon` steps from an encoder's, two ways."""
+import pytest
+import torch
+from tiny import B, T, networks, sequences
+
+import dmt
+
+
+def setting():
+    encoder, _, rnn = networks()
+    x, _ = sequences()
+    with torch.no_grad():
+        labels = encoder(x, torch.arange(T))
+        rnn.m0.copy_(encoder(torch.full((1, 1), 5), torch.tensor([0]))[0, 0])
+    return rnn, labels, x
+
+
+@pytest.mark.parametrize("horizon, offset", [(2, 0), (2, 1), (3, 2), (5, 4), (T - 1, 3)])
+def test_sequential_pieces(horizon, offset):
+    """m_t is the encoder's at t = offset (mod horizon) and at t = 0, and one update of m_{t-1} elsewhere."""
+    rnn, labels, x = setting()
+    own = dmt.own_memories(rnn, labels, x, horizon, offset, "sequential")
+    for t in range(T):
+        if t == 0 or (t - offset) % horizon == 0:
+            assert torch.equal(own[:, t], labels[:, t])
+        else:
+            expected = rnn.update(own[:, t - 1], x[:, t], torch.full((B,), t))
+            assert torch.allclose(own[:, t], expected, atol=1e-5)
+            assert not torch.allclose(own[:, t], labels[:, t], atol=1e-2)
+
+
+def test_horizon_one_is_behaviour_cloning():
+    """With horizon 1 every memory is the encoder's: SMT's pairs."""
+    rnn, labels, x = setting()
+    assert torch.equal(dmt.own_memories(rnn, labels, x, 1, 0, "sequential"), labels)
+
+
+def test_whole_horizon_is_the_rollout():
+    """With horizon T the pieces are one rollout from m_0, and so are T - 1 parallel sweeps, and no fewer."""
+    rnn, labels, x = setting()
+    exact = rnn.memories(x)
+    assert torch.allclose(dmt.own_memories(rnn, labels, x, T, 0, "sequential"), exact, atol=1e-5)
+    assert torch.allclose(dmt.own_memories(rnn, labels, x, T - 1, 0, "parallel"), exact, atol=1e-5)
+    assert not torch.allclose(dmt.own_memories(rnn, labels, x, T - 2, 0, "parallel"), exact, atol=1e-3)
+
+
+def test_parallel_sweeps_age_by_one():
+    """After j sweeps m_t is a j-step rollout from the encoder's m_{t-j}."""
+    rnn, labels, x = setting()
+    own, t, j = dmt.own_memories(rnn, labels, x, 3, 0, "parallel"), 7, 3
+    expected = rnn.rollout(labels[:, t - j], x[:, t - j + 1:t + 1], t - j + 1)[:, -1]
+    assert torch.allclose(own[:, t], expected, atol=1e-5)
+
+
+def test_curriculum_grows_from_two_to_the_whole():
+    """The horizon never shrinks, starts at 2 and has reached the whole sequence at 60 % of the run."""
+    h = [dmt.horizon_at(p / 100, 196) for p in range(101)]
+    assert h[0] == 2 and h == sorted(h) and h[60] == h[100] == 196
+    assert dmt.horizon_at(0.0, 1) == 1
+
+
+def test_perfect_memory_has_no_loss():
+    """Where the update gives exactly the encoder's memory, MSE and KL are 0; elsewhere both are positive."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    own = rnn.memories(x).detach()
+    t, b = torch.tensor([3, 5, 8]), torch.arange(B)
+    args = (x[:, 4:7], y[:, 3:7], torch.ones(()), dmt.Config())
+    right = dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, own[b, t], *args)
+    wrong = dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, own[b, t - 1], *args)
+    assert right["mse"] < 1e-8 and right["kl"].abs() < 1e-6
+    assert wrong["mse"] > 1e-3 and wrong["kl"] > 1e-4
+
+
+def test_masked_targets_are_finite():
+    """No valid target among the pairs: KL and readout loss are 0, and the gradient is finite."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    labels = encoder(x, torch.arange(T)).detach()
+    got = dmt.objective(decoder, rnn, labels[:1, 2], x[:1, 3], torch.tensor([3]), labels[:1, 3], x[:1, 4:7],
+                        torch.full((1, 4), -1), torch.ones(()), dmt.Config())
+    got["loss"].backward()
+    assert got["kl"] == 0 and got["readout"] == 0 and torch.isfinite(got["loss"])
+    assert all(torch.isfinite(p.grad).all() for p in rnn.parameters() if p.grad is not None)

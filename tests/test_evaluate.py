@@ -1,0 +1,108 @@
+"""Lesson: the numbers are what they say. A likelihood sums to one over all sequences; drift is 1 - R^2."""
+import itertools
+import math
+
+import pytest
+import torch
+from tiny import networks
+
+import data
+import evaluate
+from model import Decoder
+from sample import generate
+
+V, L = 2, 4  # all 16 sequences of four binary symbols, as "images" of 2 x 2
+
+
+def every_sequence() -> data.Data:
+    pictures = torch.tensor(list(itertools.product(range(V), repeat=L)), dtype=torch.uint8).view(-1, 2, 2)
+    return data.image_data("all", dict(train=pictures, val=pictures, test=pictures), V)
+
+
+def nets(**changes):
+    return networks(vocab=V + 1, n_out=V, T=L, ctx_len=L, **changes)
+
+
+def nats_of_each(column: str, monkeypatch, **changes) -> torch.Tensor:
+    """What evaluate adds up: the nats of every single sequence in a column, (16,)."""
+    task, (encoder, decoder, rnn) = every_sequence(), nets(**changes)
+    scores, make = [], evaluate.Score
+    monkeypatch.setattr(evaluate, "Score", lambda *a: scores.append(make(*a)) or scores[-1])
+    evaluate.evaluate(task, rnn, encoder, decoder, "test")
+    return torch.cat(dict(zip(evaluate.COLUMNS, scores))[column].nats)
+
+
+@pytest.mark.parametrize("column, kind", [("rollout", "causal"), ("teacher", "causal"), ("teacher", "bidirectional")])
+def test_likelihoods_sum_to_one(column, kind, monkeypatch):
+    """The rollout's and the teacher's numbers are exact log-likelihoods: exp(-nats) over all sequences adds to 1."""
+    assert abs(float((-nats_of_each(column, monkeypatch, encoder=kind)).exp().sum()) - 1) < 1e-4
+
+
+def test_language_model_sums_to_one():
+    """So are those of the plain Transformer."""
+    task, (_, decoder, _) = every_sequence(), nets()
+    got = evaluate.evaluate(task, None, None, decoder, "test")
+    assert got["rollout"] is None and got["teacher"] > 4 * math.log(2) - 1
+    nothing = torch.empty(16, 0, decoder.c.d_model)
+    held = task.held_out("test")
+    with torch.no_grad():
+        logp = decoder(nothing, held["x"], torch.full((16,), -1)).log_softmax(-1).gather(-1, held["y"][..., None]).sum((1, 2))
+    assert abs(float(logp.exp().sum()) - 1) < 1e-4
+    assert abs(got["teacher"] + float(logp.mean())) < 1e-4
+
+
+def test_rollout_is_what_sampling_does(monkeypatch):
+    """Samples come from the distribution that the rollout scores: empirical frequencies match exp(-nats)."""
+    _, _, rnn = nets()
+    probability = (-nats_of_each("rollout", monkeypatch)).exp()
+    with torch.no_grad():
+        out = generate(rnn, 20_000, L, torch.Generator().manual_seed(0))
+    index = (out * torch.tensor([8, 4, 2, 1])).sum(1)
+    seen = torch.bincount(index, minlength=16) / len(out)
+    assert (seen - probability).abs().max() < 0.012
+
+
+def test_teacher_is_the_encoder_at_every_time():
+    """The one-pass teacher column equals encoding every prefix by itself."""
+    task, (encoder, decoder, rnn) = every_sequence(), nets()
+    held, total = task.held_out("test"), 0.0
+    for t in range(L):
+        logits = decoder(encoder(held["x"][:, :t + 1], torch.tensor([t]))[:, 0])[:, 0]
+        total += torch.nn.functional.cross_entropy(logits, held["y"][:, t])
+    assert abs(evaluate.evaluate(task, rnn, encoder, decoder, "test")["teacher"] - float(total)) < 1e-4
+
+
+def test_drift_is_one_minus_r_squared():
+    """Drift equals its textbook definition with one variance over all (sequence, t)."""
+    task, (encoder, decoder, rnn) = every_sequence(), nets()
+    got = evaluate.evaluate(task, rnn, encoder, decoder, "test")
+    x = task.held_out("test")["x"]
+    with torch.no_grad():
+        m, own = encoder(x, torch.arange(L)), rnn.memories(x)
+    spread = (m - m.mean((0, 1))).square().sum((2, 3)).mean()
+    by_time = (own - m).square().sum((2, 3)).mean(0) / spread
+    assert torch.allclose(torch.tensor(got["drift_by_time"]), by_time, rtol=1e-3)
+    assert abs(got["drift"] - float(by_time.mean())) < 1e-3 * got["drift"]
+    assert got["kl"] > 0
+
+
+def test_bayes_and_excess():
+    """The floor is the exact entropy of retrieval's noisy label; a uniform guess exceeds it by log S minus it."""
+    task = data.load("retrieval", length=8, symbols=4, noise=0.4)
+    encoder, decoder, rnn = networks(vocab=task.vocab, n_out=4, T=8, ctx_len=8, fut_len=8)
+    torch.nn.init.zeros_(rnn.readout.head.weight)
+    got = evaluate.evaluate(task, rnn, encoder, decoder, "test", 300)
+    p = torch.tensor([0.7, 0.1, 0.1, 0.1])  # 1 - 0.4 + 0.4 / 4, and 0.4 / 4 for each of the others
+    floor = -float((p * p.log()).sum())
+    assert abs(got["bayes"] - floor) < 1e-4
+    assert abs(got["rollout"] - math.log(4)) < 1e-4
+    assert abs(got["excess"] - (math.log(4) - floor)) < 1e-4
+    assert 0.1 < got["accuracy"]["rollout"] < 0.45
+
+
+def test_evaluation_uses_no_random_numbers():
+    """Two evaluations agree exactly, and the global generator is where it was."""
+    task, (encoder, decoder, rnn) = every_sequence(), nets()
+    state = torch.get_rng_state()
+    a, b = (evaluate.evaluate(task, rnn, encoder, decoder, "val") for _ in range(2))
+    assert a == b and torch.equal(state, torch.get_rng_state())
