@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-import torch
 import trainer
 from evaluate import evaluate, networks, summary
 from model import RNN, cross_entropy
@@ -25,7 +24,7 @@ class Config(trainer.Config):
 
 
 PRESETS = {
-    "laptop": dict(lr=1e-3),
+    "laptop": dict(lr=1e-3, log_every=10, eval_every=100, ckpt_every=100),  # a step is long
     ("laptop", "mnist"): dict(minutes=25.0),
     "gpu": dict(minutes=17.0, lr=3e-4),
     "paper": dict(steps=150_000, warmup=1500, decay=False),

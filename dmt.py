@@ -84,7 +84,7 @@ def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tenso
     valid = y_fut >= 0
     kl = (F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * valid).sum() / valid.sum().clamp(min=1)
 
-    ce = cross_entropy(rnn.readout(m.detach())[:, 0], y_fut[:, 0])              # tunes the readout alone
+    ce = cross_entropy(rnn.readout(m[::4].detach())[:, 0], y_fut[::4, 0])       # tunes the readout alone; a quarter will do
     return dict(loss=cfg.lambda_mse * mse + cfg.lambda_kl * kl + ce, mse=mse, kl=kl, readout=ce)
 
 
@@ -111,8 +111,9 @@ def main(argv=None) -> None:
         [[*rnn.updater.parameters()], [*rnn.readout.parameters()]], c, task, device, select="rollout",
         validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", 200, kl_sequences=16)),
         draw=lambda out_dir: draw_samples(out_dir, task, rnn), every=steps_a_round)
+    order = None
     for step in run.loop():
-        if step % steps_a_round == 0:  # a new round of on-policy pairs
+        if step % steps_a_round == 0 or order is None:  # a new round of on-policy pairs
             x, y = task.batch(cfg.batch_size, run.gen)
             x, y = x[:, :T], y[:, :T]
             horizon = horizon_at(run.progress(), min(cfg.horizon or T, T))

@@ -179,17 +179,17 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = trainer.fail
-    p.add_argument("--ckpt", required=True, help="checkpoint of any training script")
+    p.add_argument("--ckpt", required=True, help="checkpoint of any training script; required")
     p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"), help="where the data is (default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed of torch; the test data does not depend on it (default: %(default)s)")
     p.add_argument("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
     p.add_argument("--n_test", type=int, default=1000, help="the first so many sequences of the split (default: %(default)s)")
-    p.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
-    if a.n_test < 1:
-        trainer.fail(f"--n_test {a.n_test} is not allowed; give a number of at least 1")
+    for name, low, high in (("n_test", 1, 10 ** 9), ("threads", 0, trainer.MOST_THREADS), ("seed", 0, 10 ** 18)):
+        trainer.demand(name, getattr(a, name), low, high)
     if a.threads:
         torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)

@@ -29,6 +29,7 @@ The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/te
 """
 import dataclasses
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -301,27 +302,30 @@ def load_checkpoint(path: str) -> dict:
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint; train one first, or give the path of a ckpt.pt")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles: the one line below says it all
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a damaged or malicious pickle
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]}); it may be truncated, "
                               "take another one") from None
-    if not isinstance(ckpt, dict) or ckpt.get("format") != 1:
+    kinds = dict(format=int, script=str, config=dict, model=dict)
+    if not isinstance(ckpt, dict) or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != 1 or \
+            not {"dataset", "preset"} <= ckpt["config"].keys() or not {"rnn", "decoder"} & ckpt.keys() or "image" not in ckpt:
         raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or best.pt")
-    return ckpt
+    return ckpt | dict(path=path)
 
 
 def build(ckpt: dict, *names: str) -> list[nn.Module]:
     """The networks `names` ("encoder", "decoder", "rnn") of a checkpoint, with its weights, in eval mode."""
-    c = ModelConfig(**ckpt["model"])
     kinds = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN}
     out = []
     for name in names:
-        net = kinds[name](c)
         try:
+            net = kinds[name](ModelConfig(**ckpt["model"]))
             net.load_state_dict(ckpt[name])
-        except (KeyError, RuntimeError) as e:
-            raise CheckpointError(f"checkpoint has no usable {name} ({str(e).splitlines()[0]}); "
+        except Exception as e:  # sizes and weights come from the file: anything may be wrong with them
+            raise CheckpointError(f"{ckpt.get('path', 'checkpoint')}: no usable {name} ({' '.join(str(e).split())[:120]}); "
                                   "it comes from another script or version") from None
         out.append(net.eval())
     return out

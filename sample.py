@@ -8,6 +8,7 @@ Images go to --out as one PNG; for retrieval, whose inputs are not its outputs, 
 answers are printed.
 """
 import argparse
+import contextlib
 import os
 
 import numpy as np
@@ -26,7 +27,7 @@ def pick(logits: Tensor, temperature: float, top_k: int, gen: torch.Generator) -
     logits = logits.float().cpu()
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so near that the division would overflow
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=gen)[:, 0]
 
@@ -76,8 +77,12 @@ def grid(images: np.ndarray, columns: int, zoom: int = 3) -> np.ndarray:
 def save_png(path: str, page: np.ndarray) -> None:
     from PIL import Image
     temporary = path + ".tmp"
-    Image.fromarray(page).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    try:
+        Image.fromarray(page).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # gone already, unless something failed
+            os.remove(temporary)
 
 
 def draw_samples(out_dir: str, task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = None,
@@ -116,15 +121,15 @@ def main(argv=None) -> None:
     p.add_argument("--n", type=int, default=40, help="how many (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, help="0 = the most likely symbol (default: %(default)s)")
     p.add_argument("--top_k", type=int, default=0, help="choose among the k most likely symbols; 0 = all (default: %(default)s)")
-    p.add_argument("--prefix", action="store_true", help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels")
+    p.add_argument("--prefix", action="store_true", help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels "
+                   "(default: draw freely)")
     p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"), help="for --prefix (default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
     a = p.parse_args(argv)
-    for name, ok, least in (("n", a.n >= 1, "1"), ("temperature", 0 <= a.temperature < float("inf"), "0"), ("top_k", a.top_k >= 0, "0")):
-        if not ok:
-            trainer.fail(f"--{name} {getattr(a, name)} is not allowed; give a number of at least {least}")
+    for name, low in (("n", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        trainer.demand(name, getattr(a, name), low, 10 ** 18)
     ckpt = load_checkpoint(a.ckpt)
     if "rnn" not in ckpt:
         trainer.fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")

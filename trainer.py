@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -120,13 +121,14 @@ def fail(message: str):
 
 
 def parse(Config, argv, own_presets: dict, script: str, doc: str):
-    """Flags -> (config, checkpoint to start from or None).
+    """Flags -> (config, checkpoint to build the networks from, or None).
 
-    Values come, from weakest to strongest: defaults, preset, the checkpoint given by --ckpt or --init (task and
-    model), the command line; on --resume the stored run wins over all but the command line, and the command line
-    may only change "length" flags. Raises UsageError, CheckpointError.
+    Values come, from weakest to strongest: defaults, preset, the checkpoint of --ckpt or --init (task and model), the
+    command line. With --resume everything comes from the stored run, and the command line may only change "length"
+    flags; the checkpoint is then the run's own. Raises UsageError, CheckpointError.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
+    group = {name: f.metadata["group"] for name, f in fields.items()}
     p = argparse.ArgumentParser(prog=f"{script}.py", description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = fail  # one line instead of a usage block
@@ -135,68 +137,70 @@ def parse(Config, argv, own_presets: dict, script: str, doc: str):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
             dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__)
         p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})", **kind)
-    explicit = vars(p.parse_args(argv))
-    group = {name: f.metadata["group"] for name, f in fields.items()}
-
-    source = explicit.get("ckpt") or explicit.get("init")
-    ckpt = load_checkpoint(source) if source else None
-    if ckpt:
-        for name in explicit:
-            if group[name] in ("task", "model"):
-                fail(f"--{name} comes from the checkpoint {source}; leave it out, or train a new one")
-    inherited = {k: v for k, v in ckpt["config"].items() if group.get(k) in ("task", "model")} if ckpt else {}
-    dataset = inherited.get("dataset") or explicit.get("dataset") or fields["dataset"].default
-
-    out_dir = explicit.get("out_dir") or f"runs/{script}-{dataset}"
-    preset = explicit.get("preset") or (ckpt and ckpt["config"]["preset"]) or \
-        ("gpu" if pick_device(explicit.get("device", "auto")).startswith("cuda") else "laptop")
-    values = preset_values(preset, dataset, own_presets) | inherited
-    if "steps" in explicit and "minutes" not in explicit:
-        values["minutes"] = 0.0  # a run counted in steps has no clock, so that it can be repeated exactly
-    cfg = Config(**{k: v for k, v in (values | explicit).items() if k in fields} | dict(preset=preset, out_dir=out_dir))
-
-    options = datasets.OPTIONS[dataset]
-    for name in (n for d in datasets.OPTIONS.values() for n in d):
-        if name in options:
-            if getattr(cfg, name) is None:
-                setattr(cfg, name, options[name])
-        elif name in explicit:
-            fail(f"--{name} means nothing to --dataset {dataset}; leave it out")
-        else:
-            setattr(cfg, name, None)
-    if cfg.resume and cfg.overwrite:
+    given = vars(p.parse_args(argv))
+    if given.get("resume") and given.get("overwrite"):
         fail("--resume continues a run and --overwrite replaces it; give one of them")
-    if cfg.resume:
-        stored = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
-        if stored["script"] != script:
-            fail(f"--out_dir {out_dir} holds a run of {stored['script']}.py; resume it with that script")
-        for name, old in stored["config"].items():
-            if group.get(name) == "length":
-                continue
-            if name in explicit and explicit[name] != old:
-                fail(f"--{name} {explicit[name]} differs from {old} in {out_dir}; only run length and logging may "
-                     f"change on --resume")
-            setattr(cfg, name, old)
-        for name in ("steps", "minutes", "log_every", "eval_every", "ckpt_every"):
-            if name not in explicit and not ("steps" in explicit and name == "minutes"):
-                setattr(cfg, name, stored["config"][name])
-    elif os.path.exists(os.path.join(out_dir, "ckpt.pt")) and not cfg.overwrite:
-        fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or another --out_dir")
+
+    source = given.get("ckpt") or given.get("init")
+    ckpt = load_checkpoint(source) if source else None
+    values = {k: v for k, v in ckpt["config"].items() if group.get(k) in ("task", "model")} if ckpt else {}
+    for name in given:
+        if ckpt and group[name] in ("task", "model"):
+            fail(f"--{name} comes from the checkpoint {source}; leave it out, or train a new one")
+    dataset = values.get("dataset") or given.get("dataset") or fields["dataset"].default
+    out_dir = given.get("out_dir") or f"runs/{script}-{dataset}"
+    newest = os.path.join(out_dir, "ckpt.pt")
+    if given.get("resume"):
+        ckpt = load_checkpoint(newest)
+        values = ckpt["config"] | dict(overwrite=False, stop_after=0.0)
+        if ckpt["script"] != script:
+            fail(f"--out_dir {out_dir} holds a run of {ckpt['script']}.py; resume it with that script")
+        for name in given:
+            if group[name] != "length" and given[name] != values.get(name):
+                fail(f"--{name} {given[name]} differs from {values.get(name)} in {out_dir}; only run length and logging "
+                     "may change on --resume")
+    else:
+        if os.path.exists(newest) and not given.get("overwrite"):
+            fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or another --out_dir")
+        device = pick_device(given.get("device", "auto"))
+        preset = given.get("preset") or (ckpt["config"]["preset"] if ckpt else
+                                         "gpu" if device.startswith("cuda") else "laptop")
+        values = preset_values(preset, dataset, own_presets) | values | dict(preset=preset)
+    for one, other in (("steps", "minutes"), ("minutes", "steps")):
+        if given.get(one):
+            values[other] = 0  # a run counted in steps has no clock, so that it can be repeated exactly
+    cfg = Config(**{k: v for k, v in (values | given | dict(out_dir=out_dir)).items() if k in fields})
+
+    own = datasets.OPTIONS.get(cfg.dataset, {})
+    for name in (n for options in datasets.OPTIONS.values() for n in options if n not in own):
+        if name in given:
+            fail(f"--{name} means nothing to --dataset {cfg.dataset}; leave it out")
+        setattr(cfg, name, None)
+    for name, default in own.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, default)
     check(cfg)
     return cfg, ckpt
 
 
+MOST_THREADS = 1024  # torch crashes on absurd numbers
+
+
+def demand(name: str, value: float, low: float, high: float) -> None:
+    """Refuse --name value unless low <= value <= high; NaN fails every comparison. Raises UsageError."""
+    if not low <= value <= high:
+        fail(f"--{name} {value} is not allowed; give a number from {low} to {high:g}")
+
+
 def check(cfg) -> None:
     """Refuse values no run can mean. Raises UsageError naming the flag."""
-    least = dict(d_model=1, n_heads=1, mem_tokens=1, enc_layers=1, dec_layers=1, rnn_layers=1, batch_size=1, log_every=1,
-                 pairs=1, runs=1, run_len=2, micro=1, head_dim=0, ctx_len=0, fut_len=0, threads=0, seed=0, steps=0,
-                 minutes=0, stop_after=0, warmup=0, eval_every=0, ckpt_every=0, horizon=0, truncate=0, lambda_dec=0,
-                 lambda_dyn=0, lambda_unif=0, lambda_kl=0, lambda_mse=0)
-    for name, low in least.items():
-        value = getattr(cfg, name, low)
-        if not (value >= low and math.isfinite(value)):
-            fail(f"--{name} {value} is not allowed; give a number of at least {low}")
-    if not 0 < cfg.lr < math.inf:
+    least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size log_every pairs runs "
+                          "micro".split(), 1) | dict(run_len=2)
+    most = dict(threads=MOST_THREADS, chain=1)
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float):
+            demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))
+    if cfg.lr == 0:
         fail(f"--lr {cfg.lr} is not allowed; give a number above 0, such as 1e-3")
     if not cfg.steps and not cfg.minutes:
         fail("--steps and --minutes are both 0, so the run would never end; give one of them")
@@ -204,17 +208,30 @@ def check(cfg) -> None:
         fail(f"--d_model {cfg.d_model} is not a multiple of --n_heads {cfg.n_heads}; change one, or give --head_dim")
     if (cfg.head_dim or cfg.d_model // cfg.n_heads) % 2:
         fail(f"--head_dim {cfg.head_dim or cfg.d_model // cfg.n_heads} is odd; RoPE rotates pairs, make it even")
+    if cfg.encoder == "causal" and cfg.ctx_len == 1:
+        fail("--ctx_len 1 leaves a causal encoder one memory and no transition; give 0 (all) or at least 2")
 
 
 def cli(main):
-    """Run main(argv); turn the user's mistakes into one line on stderr and exit code 2."""
+    """Run main(argv); turn what the user can mend into one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
-    except (UsageError, datasets.DataError, CheckpointError) as e:
-        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        return
     except BrokenPipeError:  # the reader of a pipe has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except (UsageError, datasets.DataError, CheckpointError, OSError) as e:
+        line, code = str(e), 2
+    except KeyboardInterrupt:  # Run.loop saves first; here there was nothing to save yet
+        line, code = "interrupted", 130
+    except (MemoryError, RuntimeError) as e:
+        known = any(s in str(e) for s in ("out of memory", "allocate memory", "enough memory"))
+        if not known and type(e) is not MemoryError:
+            raise
+        line, code = f"out of memory ({str(e)[:200]}); lower --batch_size or the sizes of the model", 2
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------- device and sizes
@@ -224,9 +241,9 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        fail(f"--device {name} cannot be used here ({str(e).splitlines()[0][:80]}); try --device cpu")
+        torch.zeros(1, device=name).item()
+    except Exception as e:  # torch raises half a dozen types
+        fail(f"--device {name} cannot be used here ({(str(e) or repr(e)).splitlines()[0][:80]}); try --device cpu")
     return name
 
 
@@ -246,8 +263,9 @@ def setup(cfg) -> tuple[str, datasets.Data]:
 
 def load_data(config: dict, data_dir: str, device: str) -> datasets.Data:
     """The dataset a config (of a run or of a checkpoint) describes."""
-    options = {k: config[k] for k in datasets.OPTIONS[config["dataset"]]}
-    return datasets.load(config["dataset"], data_dir=data_dir, device=device, **options)
+    name = config.get("dataset")
+    options = {k: config.get(k) for k in datasets.OPTIONS.get(name, ())}
+    return datasets.load(name, data_dir=data_dir, device=device, **options)
 
 
 def model_config(cfg, task: datasets.Data) -> ModelConfig:
@@ -281,17 +299,13 @@ class Run:
         self.optimizer = torch.optim.AdamW([dict(params=g) for g in trained], lr=cfg.lr, betas=(0.9, 0.95),
                                            weight_decay=0.01, fused=device != "mps")
         self.gen = torch.Generator().manual_seed(cfg.seed)  # all randomness of training; evaluation has its own
-        self.step, self.spent, self.best, self.history, self.sums = 0, 0.0, math.inf, [], {}
+        self.step, self.spent, self.best = 0, 0.0, math.inf
+        self.history, self.sums, self.metrics = [], {}, {}  # rows of log.csv; sums of losses since the last; validation
         self.began = self.last_log = time.time()
-        self.metrics = {}
-        try:
-            os.makedirs(cfg.out_dir, exist_ok=True)
-            self.write("config.json", lambda f: json.dump(dataclasses.asdict(cfg), f, indent=1))
-        except OSError as e:
-            fail(f"--out_dir {cfg.out_dir} cannot be written ({e.strerror}); give another")
         if cfg.resume:
             self.load(load_checkpoint(self.path("ckpt.pt")))
-        elif cfg.overwrite:
+        self.write("config.json", lambda f: json.dump(dataclasses.asdict(cfg), f, indent=1))
+        if cfg.overwrite:
             for name in ("ckpt.pt", "best.pt", "log.csv", "curve.png", "samples.png", "samples.txt"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
@@ -310,22 +324,28 @@ class Run:
 
     @staticmethod
     def on_terminal() -> bool:
-        return sys.stderr.isatty()
+        return sys.stderr.isatty() and sys.stdout.isatty()
 
     def say_hello(self) -> None:
         here = os.path.dirname(os.path.abspath(__file__))
-        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = ""
+        with contextlib.suppress(OSError):  # git may be absent
+            commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True,
+                                    text=True).stdout.strip()
         where = torch.cuda.get_device_name() if self.device.startswith("cuda") else platform.machine()
         self.say(f"{self.script} on {self.cfg.dataset} | preset {self.cfg.preset} | torch {torch.__version__} | "
-                 f"{self.device} ({where}, {torch.get_num_threads()} threads) | commit {git.stdout.strip() or 'unknown'}")
+                 f"{self.device} ({where}, {torch.get_num_threads()} threads) | commit {commit or 'unknown'}")
+        trained = {id(p) for p in self.parameters()}
         for name, net in self.nets.items():
-            count = sum(p.numel() for p in net.parameters())
-            trained = sum(p.numel() for g in self.optimizer.param_groups for p in g["params"]
-                          if any(p is q for q in net.parameters()))
-            self.say(f"  {name}: {count:,} parameters, {trained:,} trained")
+            self.say(f"  {name}: {sum(p.numel() for p in net.parameters()):,} parameters, "
+                     f"{sum(p.numel() for p in net.parameters() if id(p) in trained):,} trained")
         self.say("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.cfg).items() if v not in (None, "")))
         if self.step:
             self.say(f"  resumed at step {self.step}, {self.spent / 60:.1f} minutes spent")
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [p for g in self.optimizer.param_groups for p in g["params"]]
 
     def elapsed(self) -> float:
         return self.spent + time.time() - self.began
@@ -333,7 +353,8 @@ class Run:
     def progress(self) -> float:
         """Fraction of the run that is done, 0 .. 1: by steps, by minutes, or by whichever is further."""
         c = self.cfg
-        return min(1.0, max(self.step / c.steps if c.steps else 0.0, self.elapsed() / 60 / c.minutes if c.minutes else 0.0))
+        return min(1.0, max(self.step / c.steps if c.steps else 0.0,
+                            self.elapsed() / 60 / c.minutes if c.minutes else 0.0))
 
     def loop(self):
         """Yield step numbers until the run is over; between two, do everything that is not the objective."""
@@ -359,15 +380,17 @@ class Run:
                     if stop or late:
                         self.save()
                         self.say(f"stopped at step {self.step}; continue with: python {self.script}.py --resume "
-                                 f"--out_dir {c.out_dir}")
+                                 f"--out_dir {shlex.quote(c.out_dir)}")
                         sys.exit(130 if stop else 0)
                     if c.ckpt_every and self.step % c.ckpt_every < self.every:
                         self.save()
+            if self.sums:
+                self.log(bar)
             self.evaluate()
             self.save()
-            self.draw(c.out_dir)
-            self.say(f"done: {self.step} steps, {self.elapsed() / 60:.1f} minutes; results in {c.out_dir}: ckpt.pt, best.pt, "
-                     f"log.csv, {', '.join(n for n in ('curve.png', 'samples.png', 'samples.txt') if os.path.exists(self.path(n)))}")
+            made = [n for n in ("curve.png", "samples.png", "samples.txt") if os.path.exists(self.path(n))]
+            self.say(f"done: {self.step} steps, {self.elapsed() / 60:.1f} minutes; results in {c.out_dir}: "
+                     f"ckpt.pt, best.pt, log.csv, {', '.join(made)}")
         finally:
             bar.close()
             for s, handler in old.items():
@@ -388,57 +411,58 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.sums["count"] = self.sums.get("count", 0) + 1
 
-    def means(self) -> dict[str, float]:
-        """Means of the losses since they were last asked for. Stops the run if one is not finite."""
-        count = self.sums.pop("count", 1)
-        out, self.sums = {k: float(v) / count for k, v in self.sums.items()}, {}
-        bad = [k for k, v in out.items() if not math.isfinite(v)]
-        if bad:
-            last = f"the last good checkpoint is {self.path('ckpt.pt')}" if os.path.exists(self.path("ckpt.pt")) else \
-                "there is no checkpoint yet"
-            fail(f"{', '.join(bad)} is not finite at step {self.step}; {last}; try a smaller --lr")
-        return out
-
     def log(self, bar) -> None:
-        c, now = self.cfg, time.time()
-        row = self.means()
-        rate = c.log_every / (now - self.last_log)
-        self.last_log, done = now, self.progress()
+        """One line, and one row of log.csv, of what happened since the last."""
+        c, now, count = self.cfg, time.time(), self.sums.pop("count")
+        means, self.sums = {k: float(v) / count for k, v in self.sums.items()}, {}
+        self.demand_finite(means)
+        rate, lr = count / max(now - self.last_log, 1e-9), self.optimizer.param_groups[0]["lr"]
+        self.last_log = now
         left = [(c.steps - self.step) / rate] * bool(c.steps) + [c.minutes * 60 - self.elapsed()] * bool(c.minutes)
-        lr = self.optimizer.param_groups[0]["lr"]
-        shown = " | ".join(f"{k} {v:.4f}" for k, v in row.items())
-        of = f"/{c.steps}" if c.steps else ""
-        line = f"step {self.step}{of} | {shown} | lr {lr:.1e} | {rate * c.batch_size * self.task.T / 1e3:.1f}k tok/s | eta {max(0, min(left)) / 60:.1f}m"
+        line = f"step {self.step}{f'/{c.steps}' if c.steps else ''} | " + \
+            " | ".join(f"{k} {v:.4f}" for k, v in means.items()) + \
+            f" | lr {lr:.1e} | {rate * c.batch_size * self.task.T / 1e3:.1f}k tok/s | eta {max(0, min(left)) / 60:.1f}m"
         if bar.disable:
             print(line, flush=True)
         else:
-            bar.update(100 * done - bar.n)
+            bar.update(100 * self.progress() - bar.n)
             bar.set_postfix_str(line)
-        self.history.append(dict(step=self.step, seconds=round(self.elapsed(), 2), lr=lr) | row)
-        self.write_log()
+        self.record(dict(lr=lr) | means)
 
     def evaluate(self) -> None:
         """Numbers and pictures; keeps best.pt. Leaves the training state as it was."""
-        self.check_finite()
+        self.check_weights()
         self.refresh()
         self.metrics = {k: v for k, v in self.validate().items() if isinstance(v, (int, float))}
-        self.history.append(dict(step=self.step, seconds=round(self.elapsed(), 2)) | {"val_" + k: v for k, v in self.metrics.items()})
         self.say(f"step {self.step} | {self.elapsed() / 60:.1f}m | validation | " +
                  " | ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
         if self.metrics[self.select] < self.best:
             self.best = self.metrics[self.select]
             self.write("best.pt", lambda f: torch.save(self.state(), f), "wb")
-        self.write_log()
+        self.record({"val_" + k: v for k, v in self.metrics.items()})
         self.draw_curve()
         self.draw(self.cfg.out_dir)
         self.last_log = time.time()
 
-    def check_finite(self) -> None:
-        """Weights are finite; else stop before anything is overwritten."""
-        norms = torch.stack([p.detach().float().norm() for g in self.optimizer.param_groups for p in g["params"]])
-        if not torch.isfinite(norms).all():
-            self.sums["weights"] = math.nan
-            self.means()
+    def record(self, row: dict) -> None:
+        """Add to the history, one row a step. log.csv is the whole of it, so a resumed run leaves no gap or double."""
+        row = dict(step=self.step, seconds=round(self.elapsed(), 2)) | row
+        if self.history and self.history[-1]["step"] == self.step:
+            row = self.history.pop() | row
+        self.history.append(row)
+        columns = list(dict.fromkeys(k for r in self.history for k in r))
+        rows = [dict(zip(columns, columns))] + self.history
+        self.write("log.csv", lambda f: csv.DictWriter(f, columns).writerows(rows))
+
+    def demand_finite(self, numbers: dict[str, float]) -> None:
+        if bad := [k for k, v in numbers.items() if not math.isfinite(v)]:
+            path = self.path("ckpt.pt")
+            last = f"the last good checkpoint is {path}" if os.path.exists(path) else "there is no checkpoint yet"
+            fail(f"{', '.join(bad)} is not finite at step {self.step}; {last}; train again with a smaller --lr")
+
+    def check_weights(self) -> None:
+        """Stop before anything good is overwritten with weights that are not finite."""
+        self.demand_finite({"weights": float(sum(p.detach().float().norm() for p in self.parameters()))})
 
     # ------------------------------------------------------------------------------------- checkpoints
 
@@ -449,37 +473,42 @@ class Run:
             {name: net.state_dict() for name, net in self.nets.items()}
 
     def save(self) -> None:
-        self.check_finite()
+        self.check_weights()
         self.refresh()
         full = self.state() | dict(optimizer=self.optimizer.state_dict(), elapsed=self.elapsed(), best=self.best,
-                                   history=self.history, rng=self.gen.get_state(), torch_rng=torch.get_rng_state())
+                                   history=self.history, sums=self.sums, rng=self.gen.get_state(),
+                                   torch_rng=torch.get_rng_state())
         self.write("ckpt.pt", lambda f: torch.save(full, f), "wb")
 
     def load(self, ckpt: dict) -> None:
-        for name, net in self.nets.items():
-            net.load_state_dict(ckpt[name])
-        self.optimizer.load_state_dict(ckpt["optimizer"])
-        self.step, self.spent, self.best, self.history = ckpt["step"], ckpt["elapsed"], ckpt["best"], ckpt["history"]
-        self.metrics = ckpt["metrics"]
-        self.gen.set_state(ckpt["rng"])
-        torch.set_rng_state(ckpt["torch_rng"])
+        try:
+            if ckpt["model"] != dataclasses.asdict(self.model):
+                raise ValueError("its sizes are not those of its config")
+            for name, net in self.nets.items():
+                net.load_state_dict(ckpt[name])
+            self.optimizer.load_state_dict(ckpt["optimizer"])
+            self.step, self.spent, self.best = ckpt["step"], ckpt["elapsed"], ckpt["best"]
+            self.history, self.sums, self.metrics = ckpt["history"], ckpt["sums"], ckpt["metrics"]
+            self.gen.set_state(ckpt["rng"])
+            torch.set_rng_state(ckpt["torch_rng"])
+        except (KeyError, ValueError, RuntimeError, TypeError) as e:
+            raise CheckpointError(f"{self.path('ckpt.pt')}: cannot be resumed ({str(e).splitlines()[0][:120]}); "
+                                  "start again with --overwrite or another --out_dir") from None
 
     def write(self, name: str, writer, mode: str = "w") -> None:
         """Write out_dir/name so that it is either the old file or the whole new one, whatever happens."""
         temporary = self.path(name + ".tmp")
         try:
+            os.makedirs(self.cfg.out_dir, exist_ok=True)
             with open(temporary, mode) as f:
                 writer(f)
             os.replace(temporary, self.path(name))
-        except BaseException:
-            with contextlib.suppress(OSError):
+        except OSError as e:
+            fail(f"--out_dir {self.cfg.out_dir}: {name} cannot be written ({e.strerror or e}); "
+                 "make room, or give another folder")
+        finally:
+            with contextlib.suppress(OSError):  # gone already, unless something failed
                 os.remove(temporary)
-            raise
-
-    def write_log(self) -> None:
-        """The whole history, so that a resumed run's log.csv has no gap and no double line."""
-        columns = list(dict.fromkeys(k for row in self.history for k in row))
-        self.write("log.csv", lambda f: csv.DictWriter(f, columns).writerows([dict(zip(columns, columns))] + self.history))
 
     def draw_curve(self) -> None:
         """curve.png: training losses, and the validation numbers that share the unit of `select`."""
@@ -487,11 +516,13 @@ class Run:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-        panels = [[k for k in self.history[0] if k not in ("step", "seconds", "lr", "grad") and not k.startswith("val_")],
-                  ["val_teacher", "val_one_step", "val_rollout"], ["val_drift", "val_one_step_drift", "val_kl"]]
-        for ax, names, title in zip(axes, panels, ("training", "validation loss", "validation drift (1 - R²) and KL")):
+        losses = [k for k in dict.fromkeys(k for row in self.history for k in row)
+                  if k not in ("step", "seconds", "lr", "grad") and not k.startswith("val_")]
+        panels = {"training": losses, "validation loss": ["val_teacher", "val_one_step", "val_rollout"],
+                  "validation drift (1 - R²) and KL": ["val_drift", "val_one_step_drift", "val_kl"]}
+        for ax, (title, names) in zip(axes, panels.items()):
             for name in names:
-                points = [(r["seconds"] / 60, r[name]) for r in self.history if isinstance(r.get(name), float)]
+                points = [(r["seconds"] / 60, r[name]) for r in self.history if name in r]
                 if points:
                     ax.plot(*zip(*points), ".-", label=name.removeprefix("val_"))
             ax.set(title=title, xlabel="minutes")

@@ -19,7 +19,7 @@ def test_objective_against_a_loop():
     encoder, decoder, rnn = networks()
     x, y = sequences()
     times = torch.tensor([[0, 1, 2], [7, 8, 9]])
-    got = losses(x, y, times)
+    got = losses(x, y, times, chain=0.0)
     nats, targets, square, count = 0.0, 0, 0.0, 0
     for run in times.tolist():
         for t in run:
@@ -38,6 +38,30 @@ def test_objective_against_a_loop():
     c = smt.Config()
     total = c.lambda_dec * got["dec"] + c.lambda_dyn * got["dyn"] + c.lambda_unif * got["unif"]
     assert torch.allclose(got["loss"], total)
+
+
+def test_chain_follows_the_rnn():
+    """With chain = 1 every transition after a run's first starts from the RNN's own memory, without its graph."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    got = losses(x, y, torch.tensor([[2, 3, 4, 5]]), chain=1.0)
+    m, errors = encoder(x, torch.tensor([2]))[:, 0], []
+    for t in (3, 4, 5):
+        m = rnn.update(m, x[:, t], torch.full((B,), t))
+        errors.append((m - encoder(x, torch.tensor([t]))[:, 0]).square().mean())
+    assert torch.allclose(got["dyn"], torch.stack(errors).mean(), atol=1e-5)
+
+
+def test_chained_pairs_do_not_pull_at_the_encoder():
+    """Only the first pair of a chained run has a gradient to the encoder: the labels m_4, m_5 are fixed targets."""
+    x, y = sequences()
+    grads = []
+    for times in ([[2, 3, 4, 5]], [[2, 3]]):
+        encoder, decoder, rnn = networks()
+        cfg = smt.Config(chain=1.0, lambda_dec=0.0, lambda_unif=0.0)
+        smt.objective(encoder, decoder, rnn, x, y, torch.tensor(times), cfg, torch.Generator())["dyn"].backward()
+        grads.append(encoder.registers.grad * (len(times[0]) - 1))
+    assert torch.allclose(*grads, atol=1e-5) and grads[0].abs().sum() > 0
 
 
 def test_uniformity():

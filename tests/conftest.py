@@ -1,0 +1,47 @@
+"""What all tests share: imports from anywhere, one thread, a command line in process, one tiny trained model."""
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+import trainer  # noqa: E402
+
+TASK = "--dataset retrieval --length 8 --symbols 3"
+SIZES = "--d_model 16 --n_heads 2 --mem_tokens 2 --enc_layers 1 --dec_layers 1 --rnn_layers 1"
+RUN = "--preset laptop --device cpu --batch_size 4 --steps 3"
+
+
+def run_command(monkeypatch, capsys, line):
+    """`python LINE` in this process, through trainer.cli: (exit code, stdout, stderr)."""
+    argv = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", argv)
+    capsys.readouterr()
+    code = 0
+    try:
+        trainer.cli(importlib.import_module(argv[0].removesuffix(".py")).main)
+    except SystemExit as e:
+        code = e.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("smt.py --steps 3") -> (exit code, stdout, stderr); {TINY}, {RUN} and friends are filled in."""
+    words = dict(TASK=TASK, SIZES=SIZES, RUN=RUN, TINY=f"{TASK} {SIZES} {RUN}")
+    return lambda line, **more: run_command(monkeypatch, capsys, line.format(**words | more))
+
+
+@pytest.fixture(scope="session")
+def tiny_smt(tmp_path_factory):
+    """Path of the checkpoint of a tiny SMT run on retrieval: good for trying things, not for results."""
+    out_dir = tmp_path_factory.mktemp("tiny") / "smt"
+    importlib.import_module("smt").main(
+        f"{TASK} {SIZES} {RUN} --steps 6 --lr 0.02 --warmup 0 --eval_every 0".split() + ["--out_dir", str(out_dir)])
+    return out_dir / "ckpt.pt"

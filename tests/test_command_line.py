@@ -1,0 +1,335 @@
+"""
+Lesson: the command line is part of the program. Whoever mistypes gets one line that names the flag or the file and
+what to do, exit code 2, and an untouched disk; every flag that is accepted changes what is computed; and numbers
+that others parse (JSON, log.csv, a pipe) are clean.
+"""
+import csv
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import trainer
+
+SCRIPTS = ("smt", "dmt", "bptt", "transformer", "evaluate", "sample")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, tiny_smt):
+    """A folder with one finished run of each kind under runs/, and files that are no checkpoints."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "file").write_text("not a folder")
+    from conftest import RUN, SIZES, TASK
+    for script, flags in (("smt", f"{TASK} {SIZES}"), ("dmt", f"--ckpt {tiny_smt}"), ("bptt", f"{TASK} {SIZES}"),
+                          ("transformer", f"{TASK} {SIZES}")):
+        out_dir = folder / "runs" / script
+        importlib.import_module(script).main(f"{flags} {RUN} --eval_every 0 --out_dir {out_dir}".split())
+    return folder
+
+
+def files(folder):
+    return {str(p): p.stat().st_mtime_ns for p in Path(folder).rglob("*")}
+
+
+# ---------------------------------------------------------------------------------------- bad command lines
+
+BAD = [  # command, what its one line must mention
+    ("smt.py {TINY} --stepz 3", "--stepz"),
+    ("smt.py {TINY} --step 3", "--step"),  # no guessing of shortened flags
+    ("smt.py {TINY} extra", "extra"),
+    ("smt.py {TINY} --steps", "--steps"),
+    ("smt.py {TINY} --dataset cifar", "--dataset"),
+    ("smt.py {TINY} --rnn lstm", "--rnn"),
+    ("smt.py {TINY} --encoder causl", "--encoder"),
+    ("smt.py {TINY} --preset huge", "--preset"),
+    ("smt.py {TINY} --steps many", "--steps"),
+    ("smt.py {TINY} --steps 1.5", "--steps"),
+    ("smt.py {TINY} --steps -3", "--steps"),
+    ("smt.py {TINY} --steps 0 --minutes 0", "--steps"),
+    ("smt.py {TINY} --minutes -1", "--minutes"),
+    ("smt.py {TINY} --minutes nan", "--minutes"),
+    ("smt.py {TINY} --minutes inf", "--minutes"),
+    ("smt.py {TINY} --stop_after nan", "--stop_after"),
+    ("smt.py {TINY} --lr 0", "--lr"),
+    ("smt.py {TINY} --lr -0.1", "--lr"),
+    ("smt.py {TINY} --lr nan", "--lr"),
+    ("smt.py {TINY} --lr inf", "--lr"),
+    ("smt.py {TINY} --lambda_dyn -1", "--lambda_dyn"),
+    ("smt.py {TINY} --lambda_unif nan", "--lambda_unif"),
+    ("smt.py {TINY} --seed -1", "--seed"),
+    ("smt.py {TINY} --seed 1" + "0" * 30, "--seed"),
+    ("smt.py {TINY} --threads 1000000", "--threads"),
+    ("smt.py {TINY} --batch_size 0", "--batch_size"),
+    ("smt.py {TINY} --log_every 0", "--log_every"),
+    ("smt.py {TINY} --runs 0", "--runs"),
+    ("smt.py {TINY} --run_len 1", "--run_len"),
+    ("smt.py {TINY} --chain 1.5", "--chain"),
+    ("smt.py {TINY} --micro 0", "--micro"),
+    ("smt.py {TINY} --mem_tokens 0", "--mem_tokens"),
+    ("smt.py {TINY} --d_model 15", "--d_model"),
+    ("smt.py {TINY} --n_heads 0", "--n_heads"),
+    ("smt.py {TINY} --d_model 6", "--head_dim"),
+    ("smt.py {TINY} --head_dim 3", "--head_dim"),
+    ("smt.py {TINY} --ctx_len 1", "--ctx_len"),
+    ("smt.py {TINY} --fut_len -1", "--fut_len"),
+    ("smt.py {TINY} --image_size 14", "--image_size"),
+    ("smt.py {TINY} --glyphs abc", "--glyphs"),
+    ("smt.py {RUN} --dataset glyphs --length 8", "--length"),
+    ("smt.py {RUN} --dataset glyphs --glyphs ''", "--glyphs"),
+    ("smt.py {TINY} --length 2", "--length"),
+    ("smt.py {TINY} --symbols 1", "--symbols"),
+    ("smt.py {TINY} --noise 1.5", "--noise"),
+    ("smt.py {TINY} --noise nan", "--noise"),
+    ("smt.py {TINY} --needle_range 7", "--needle_range"),
+    ("smt.py {RUN} --dataset mnist --levels 3", "--levels"),
+    ("smt.py {RUN} --dataset mnist --data_dir nowhere", "--data_dir"),
+    ("smt.py {RUN} --dataset mnist --data_dir nowhere", "train-images"),
+    ("smt.py {TINY} --device cuda:99", "--device"),
+    ("smt.py {TINY} --device toaster", "--device"),
+    ("smt.py {TINY} --device meta", "--device"),
+    ("smt.py {TINY} --out_dir file", "--out_dir file"),
+    ("smt.py {TINY} --out_dir file/below", "--out_dir file/below"),
+    ("smt.py {TINY} --out_dir /proc/nobody/writes/here", "--out_dir"),
+    ("smt.py {TINY} --out_dir runs/smt", "--overwrite"),
+    ("smt.py {TINY} --out_dir runs/smt --resume --overwrite", "--overwrite"),
+    ("smt.py {TINY} --out_dir runs/nothing --resume", "runs/nothing"),
+    ("smt.py {TINY} --out_dir runs/bptt --resume", "bptt.py"),
+    ("smt.py --out_dir runs/smt --resume --lr 0.1", "--lr"),
+    ("smt.py --out_dir runs/smt --resume --d_model 32", "--d_model"),
+    ("smt.py --out_dir runs/smt --resume --length 9", "--length"),
+    ("smt.py --out_dir runs/smt --resume --dataset glyphs", "--dataset"),
+    ("smt.py --out_dir runs/smt --resume --no-decay", "--decay"),
+    ("smt.py --ckpt runs/smt/ckpt.pt", "--ckpt"),  # the flag is another script's
+    ("dmt.py {RUN}", "--ckpt"),
+    ("dmt.py {RUN} --ckpt nowhere.pt", "nowhere.pt"),
+    ("dmt.py {RUN} --ckpt runs", "runs"),
+    ("dmt.py {RUN} --ckpt runs/bptt/ckpt.pt", "runs/bptt/ckpt.pt"),
+    ("dmt.py {RUN} --ckpt runs/transformer/ckpt.pt", "runs/transformer/ckpt.pt"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --d_model 16", "--d_model"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --length 8", "--length"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --dataset glyphs", "--dataset"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --rollout forever", "--rollout"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --horizon -1", "--horizon"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --pairs 0", "--pairs"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --lambda_kl inf", "--lambda_kl"),
+    ("dmt.py --out_dir runs/dmt --resume --lambda_kl 3", "--lambda_kl"),
+    ("dmt.py --out_dir runs/dmt --resume --ckpt runs/smt/ckpt.pt", "--ckpt"),
+    ("bptt.py {TINY} --truncate -1", "--truncate"),
+    ("bptt.py {TINY} --lambda_dyn 1", "--lambda_dyn"),
+    ("bptt.py {RUN} --init nowhere.pt", "nowhere.pt"),
+    ("bptt.py {RUN} --init runs/transformer/ckpt.pt", "runs/transformer/ckpt.pt"),
+    ("bptt.py {RUN} --init runs/smt/ckpt.pt --mem_tokens 2", "--mem_tokens"),
+    ("transformer.py {TINY} --ckpt runs/smt/ckpt.pt", "--ckpt"),
+    ("transformer.py {TINY} --batch_size 2.5", "--batch_size"),
+    ("evaluate.py", "--ckpt"),
+    ("evaluate.py --ckpt nowhere.pt", "nowhere.pt"),
+    ("evaluate.py --ckpt runs/smt/ckpt.pt --n_test 0", "--n_test"),
+    ("evaluate.py --ckpt runs/smt/ckpt.pt --n_test all", "--n_test"),
+    ("evaluate.py --ckpt runs/smt/ckpt.pt --split train", "--split"),
+    ("evaluate.py --ckpt runs/smt/ckpt.pt --threads -1", "--threads"),
+    ("evaluate.py --ckpt runs/smt/ckpt.pt --seed 1" + "0" * 30, "--seed"),
+    ("evaluate.py --ckpt runs/smt/ckpt.pt --device toaster", "--device"),
+    ("sample.py --ckpt nowhere.pt", "nowhere.pt"),
+    ("sample.py --ckpt runs/transformer/ckpt.pt", "runs/transformer/ckpt.pt"),
+    ("sample.py --ckpt runs/smt/ckpt.pt --n 0", "--n"),
+    ("sample.py --ckpt runs/smt/ckpt.pt --temperature -1", "--temperature"),
+    ("sample.py --ckpt runs/smt/ckpt.pt --temperature nan", "--temperature"),
+    ("sample.py --ckpt runs/smt/ckpt.pt --top_k -1", "--top_k"),
+    ("sample.py --ckpt runs/smt/ckpt.pt --seed 1" + "0" * 30, "--seed"),
+    ("sample.py --ckpt runs/smt/ckpt.pt --prefix", "--prefix"),  # retrieval has no images to complete
+    ("sample.py --ckpt runs/smt/ckpt.pt --device toaster", "--device"),
+]
+
+
+@pytest.mark.parametrize("line, named", BAD)
+def test_a_mistake_is_one_line_and_leaves_no_trace(line, named, here, command, monkeypatch):
+    """A bad command line exits with 2 and one line that names the culprit, before anything is written."""
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9/",))  # nobody listens: offline
+    before = files(here)
+    code, out, err = command(line)
+    assert code == 2
+    assert err.count("\n") == 1 and err.startswith(line.split()[0] + ": error: ") and named in err, err
+    assert "Traceback" not in out + err
+    assert files(here) == before
+
+
+@pytest.fixture(scope="module")
+def picture_ckpt(tmp_path_factory):
+    """The checkpoint of an untrained RNN for pictures of 2x3 pixels, which is all that sampling needs."""
+    from model import RNN, ModelConfig
+    c = ModelConfig(vocab=3, n_out=2, T=6, d_model=8, n_heads=1, mem_tokens=2, rnn_layers=1, dec_layers=1, ctx_len=6)
+    path = tmp_path_factory.mktemp("pictures") / "rnn.pt"
+    torch.save(dict(format=1, script="smt", config=dict(dataset="glyphs", preset="laptop"), image=(2, 3),
+                    model=dataclasses.asdict(c), rnn=RNN(c).state_dict()), path)
+    return path
+
+
+@pytest.mark.parametrize("out", ["nowhere/a.png", "", "folder"])
+def test_a_picture_that_cannot_be_written(out, picture_ckpt, command, tmp_path, monkeypatch):
+    """sample.py --out into a missing folder, or onto a folder, is refused and leaves no half-written file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = files(tmp_path)
+    code, _, err = command(f"sample.py --device cpu --n 2 --ckpt {picture_ckpt} --out '{out}'")
+    assert code == 2 and err.count("\n") == 1 and "--out" in err, err
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("temperature", ["0", "1e-40", "1e-300", "1e18"])
+def test_extreme_temperatures_still_draw(temperature, picture_ckpt, command, tmp_path):
+    """Every temperature from 0 up means something, however small or large."""
+    code, _, err = command(f"sample.py --device cpu --n 2 --ckpt {picture_ckpt} --out {tmp_path}/a.png "
+                           f"--temperature {temperature}")
+    assert code == 0, err
+    assert (tmp_path / "a.png").exists()
+
+
+def test_other_failures_keep_their_traceback(monkeypatch):
+    """cli hides the user's mistakes only: a bug of ours is raised whole, and running out of memory is explained."""
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(SystemExit, match="2"):
+        trainer.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate")))
+    with pytest.raises(SystemExit, match="130"):
+        trainer.cli(lambda argv: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+
+def test_a_real_process(tmp_path):
+    """From another folder, in a process of its own: a mistake exits with 2 and one line, --help with 0."""
+    call = lambda *flags: subprocess.run([sys.executable, ROOT / "smt.py", *flags], cwd=tmp_path, capture_output=True,
+                                         text=True, timeout=120)
+    bad = call("--lr", "fast")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "smt.py: error: argument --lr: invalid float value: 'fast'\n"
+    good = call("--help")
+    assert good.returncode == 0 and good.stderr == "" and "--lambda_dyn" in good.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- what is printed
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_default(script, command):
+    """Each flag in --help says what happens without it."""
+    code, out, _ = command(f"{script}.py --help")
+    flags = re.split(r"\n  (?=-)", out.split("\noptions:")[1])
+    assert code == 0 and len(flags) > 5
+    for text in flags:
+        text = " ".join(text.split())
+        assert not text or text.startswith("-h") or "(default: " in text or "required" in text, text
+
+
+def test_json_is_alone_on_stdout(here, command):
+    """evaluate.py --json prints one JSON object and nothing else, with null where a number does not apply."""
+    keys = set("dataset split n units teacher one_step rollout bayes excess drift drift_by_time one_step_drift kl "
+               "stderr".split())
+    for script in ("smt", "dmt", "bptt", "transformer"):
+        code, out, err = command(f"evaluate.py --device cpu --n_test 20 --json --ckpt {here}/runs/{script}/ckpt.pt")
+        result = json.loads(out, parse_constant=pytest.fail)  # NaN is no JSON
+        assert code == 0 and err == "" and keys <= set(result) and result["n"] == 20
+        assert (result["rollout"] is None) == (script == "transformer")
+        assert (result["drift"] is None) == (script in ("bptt", "transformer"))
+    assert (here / "runs/smt/evaluation.png").exists()
+
+
+def test_a_pipe_gets_plain_lines_and_log_csv_parses(command, tmp_path):
+    """Without a terminal a run prints plain lines, and log.csv holds the same numbers with one row a step."""
+    code, out, err = command(f"smt.py {{TINY}} --steps 7 --log_every 2 --eval_every 3 --out_dir {tmp_path}/run")
+    assert code == 0 and err == "" and "\r" not in out
+    rows = list(csv.DictReader(open(tmp_path / "run" / "log.csv")))
+    assert [int(r["step"]) for r in rows] == [2, 3, 4, 6, 7]
+    assert f"step 4/7 | loss {float(rows[2]['loss']):.4f}" in out
+    assert float(rows[3]["val_rollout"]) > 0 and float(rows[3]["loss"]) and rows[0]["val_rollout"] == ""
+
+
+def test_evaluating_does_not_change_training(command, tmp_path):
+    """However often a run is evaluated, it ends with the same weights."""
+    finals = []
+    for every in (2, 5):
+        assert command(f"smt.py {{TINY}} --steps 10 --eval_every {every} --out_dir {tmp_path}/{every}")[0] == 0
+        finals.append(final(tmp_path / str(every)))
+    assert distance(*finals) == 0
+
+
+def test_a_run_in_steps_has_no_clock():
+    """--steps alone sets no limit in minutes and --minutes alone none in steps, so that steps repeat exactly."""
+    import smt
+    parse = lambda *argv: trainer.parse(smt.Config, ["--device", "cpu", *argv], smt.PRESETS, "smt", "")[0]
+    assert parse().minutes == 5 and parse().steps == 0
+    assert (parse("--steps", "7").steps, parse("--steps", "7").minutes) == (7, 0)
+    both = parse("--steps", "7", "--minutes", "2")
+    assert (both.steps, both.minutes) == (7, 2)
+    assert parse("--preset", "paper").steps == 150_000
+    assert parse("--preset", "paper", "--minutes", "2").steps == 0
+
+
+# ------------------------------------------------------------------------------------- every flag does something
+
+def final(out_dir):
+    """All weights of a run's last checkpoint, by name."""
+    ckpt = torch.load(out_dir / "ckpt.pt", weights_only=True)
+    return {f"{net}.{k}": v for net in ("encoder", "decoder", "rnn") for k, v in ckpt.get(net, {}).items()}
+
+
+def distance(a, b):
+    """Largest difference of two sets of weights; infinite where their shapes differ."""
+    if {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()}:
+        return float("inf")
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+# "a + b": what b changes on top of a. With one layer the encoder's pattern has no effect: the registers then read
+# only the tokens' inputs, which are the same in both.
+SMT = """--seed 1|--batch_size 5|--lr 0.01|--warmup 3|--no-decay|--lambda_dec 2|--lambda_dyn 2|--lambda_unif 2|
+--detach_rnn|--runs 2|--run_len 3|--chain 0.2|--micro 2|--enc_layers 2 + --encoder bidirectional|--no-timestamps|
+--fut_len 2|--ctx_len 6|--encoder bidirectional + --ctx_len 3|--mem_tokens 3|--d_model 20|--n_heads 4|--head_dim 4|
+--enc_layers 2|--dec_layers 2|--rnn_layers 2|--length 9|--symbols 4|--noise 0.9|--needle_range 5""".replace("\n", "").split("|")
+DMT = "--seed 1|--batch_size 5|--lr 0.01|--lambda_kl 1|--lambda_mse 5|--pairs 7|--horizon 1|--rollout parallel".split("|")
+BPTT = ["--lr 0.01", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
+WITHOUT = set("dataset image_size levels binarize glyphs jitter rnn data_dir preset device threads compile ckpt "
+              "init".split())  # where, on what and from what it runs; and the only updater there is
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases"), {}
+
+
+@pytest.mark.parametrize("script, flag", [(s, f) for s, fs in (("smt", SMT), ("dmt", DMT), ("bptt", BPTT)) for f in fs])
+def test_every_flag_changes_the_result(script, flag, command, tiny_smt, bases, tmp_path, monkeypatch):
+    """Changing one flag changes the weights after four steps: none is accepted and then forgotten."""
+    monkeypatch.setattr(trainer.Run, "evaluate", lambda self: None)  # only the weights are wanted
+
+    def weights(flags, out_dir):
+        start = "--ckpt {tiny_smt} --pairs 10" if script == "dmt" else "" if "--init" in flags else "{TASK} {SIZES}"
+        code, _, err = command(f"{script}.py {start} {{RUN}} --lr 0.02 --warmup 0 --steps 4 {flags} --out_dir {out_dir}",
+                               tiny_smt=tiny_smt)
+        assert code == 0, err
+        return final(out_dir)
+
+    folder, made = bases
+    base, _, change = flag.rpartition(" + ")
+    if (script, base) not in made:
+        made[script, base] = weights(base, folder / f"{script}{len(made)}")
+    assert distance(made[script, base], weights(f"{base} {change}", tmp_path / "run")) > 1e-6
+
+
+def test_the_table_of_flags_is_complete():
+    """Whoever adds a flag to a method adds it to the table above."""
+    import bptt
+    import dmt
+    import smt
+    for module, table in ((smt, SMT), (dmt, SMT + DMT), (bptt, SMT + BPTT)):
+        tried = {w.removeprefix("--").removeprefix("no-") for line in table for w in line.split() if w.startswith("--")}
+        flags = {f.name for f in dataclasses.fields(module.Config) if f.metadata["group"] != "length"}
+        assert flags - tried - WITHOUT == set()
