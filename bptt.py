@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+import flags
 import trainer
 from evaluate import evaluate, networks, summary
+from flags import flag
 from model import RNN, cross_entropy
 from sample import draw_samples
-from trainer import flag
 
 
 @dataclass
-class Config(trainer.Config):
+class Config(flags.Config):
     truncate: int = flag(0, "steps a gradient may cross; 0 = all of them")
     init: str = flag("", "checkpoint to start from; empty = from scratch")
 
@@ -43,12 +44,12 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int) -> tuple
 
 
 def main(argv=None) -> None:
-    cfg, ckpt = trainer.parse(Config, argv, PRESETS, "bptt", __doc__)
+    cfg, ckpt = flags.parse(Config, argv, PRESETS, "bptt", __doc__)
     device, task = trainer.setup(cfg)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
         if rnn is None:
-            trainer.fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
+            flags.fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
         c = rnn.c
     else:
         c = trainer.model_config(cfg, task)
@@ -74,4 +75,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    trainer.cli(main)
+    flags.cli(main)

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import flags
 import trainer
 from evaluate import evaluate, summary
+from flags import flag
 from model import RNN, Decoder, Encoder, build, cross_entropy, futures
 from sample import draw_samples
-from trainer import flag
 
 
 @dataclass
-class Config(trainer.Config):
+class Config(flags.Config):
     ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
     lambda_kl: float = flag(10.0, "weight of the prediction-space loss: KL of the decoder's futures")
     lambda_mse: float = flag(0.1, "weight of Eq. 6, divided by the variance of the encoder's memories")
@@ -89,11 +90,11 @@ def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tenso
 
 
 def main(argv=None) -> None:
-    cfg, ckpt = trainer.parse(Config, argv, PRESETS, "dmt", __doc__)
+    cfg, ckpt = flags.parse(Config, argv, PRESETS, "dmt", __doc__)
     if ckpt is None:
-        trainer.fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
+        flags.fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
     if "encoder" not in ckpt or "rnn" not in ckpt:
-        trainer.fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); give one of smt.py")
+        flags.fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); give one of smt.py")
     device, task = trainer.setup(cfg)
     encoder, decoder, rnn = (net.to(device) for net in build(ckpt, "encoder", "decoder", "rnn"))
     c = rnn.c
@@ -133,4 +134,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    trainer.cli(main)
+    flags.cli(main)

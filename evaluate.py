@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data as datasets
+import flags
 import trainer
 from model import RNN, Decoder, Encoder, build, futures, load_checkpoint
 
@@ -178,7 +179,7 @@ def networks(ckpt: dict, device: str) -> tuple[RNN | None, Encoder | None, Decod
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = trainer.fail
+    p.error = flags.fail
     p.add_argument("--ckpt", required=True, help="checkpoint of any training script; required")
     p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"), help="where the data is (default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
@@ -188,13 +189,13 @@ def main(argv=None) -> None:
     p.add_argument("--n_test", type=int, default=1000, help="the first so many sequences of the split (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
-    for name, low, high in (("n_test", 1, 10 ** 9), ("threads", 0, trainer.MOST_THREADS), ("seed", 0, 10 ** 18)):
-        trainer.demand(name, getattr(a, name), low, high)
+    for name, low, high in (("n_test", 1, 10 ** 9), ("threads", 0, flags.MOST_THREADS), ("seed", 0, 10 ** 18)):
+        flags.demand(name, getattr(a, name), low, high)
     if a.threads:
         torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     ckpt = load_checkpoint(a.ckpt)
-    device = trainer.pick_device(a.device)
+    device = flags.pick_device(a.device)
     task = trainer.load_data(ckpt["config"], a.data_dir, device)
     rnn, encoder, decoder = networks(ckpt, device)
     result = evaluate(task, rnn, encoder, decoder, a.split, a.n_test)
@@ -202,9 +203,9 @@ def main(argv=None) -> None:
     try:
         draw(result, picture)
     except OSError as e:
-        trainer.fail(f"{picture}: cannot be written ({e.strerror}); copy the checkpoint to a folder you may write")
+        flags.fail(f"{picture}: cannot be written ({e.strerror}); copy the checkpoint to a folder you may write")
     print(json.dumps(result) if a.json else table(result) + f"\n\npicture: {picture}")
 
 
 if __name__ == "__main__":
-    trainer.cli(main)
+    flags.cli(main)

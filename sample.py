@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import data as datasets
+import flags
 import trainer
 from model import RNN, Decoder, Encoder, build, load_checkpoint
 
@@ -116,7 +117,7 @@ def answers(task: datasets.Data, rnn: RNN, n: int) -> str:
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = trainer.fail
+    p.error = flags.fail
     p.add_argument("--ckpt", default=DEFAULT_CKPT, help="checkpoint with an RNN (default: the one in results/glyphs)")
     p.add_argument("--n", type=int, default=40, help="how many (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, help="0 = the most likely symbol (default: %(default)s)")
@@ -129,16 +130,16 @@ def main(argv=None) -> None:
     p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
     a = p.parse_args(argv)
     for name, low in (("n", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        trainer.demand(name, getattr(a, name), low, 10 ** 18)
+        flags.demand(name, getattr(a, name), low, 10 ** 18)
     ckpt = load_checkpoint(a.ckpt)
     if "rnn" not in ckpt:
-        trainer.fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
-    device = trainer.pick_device(a.device)
+        flags.fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
+    device = flags.pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
     image, T = ckpt["image"], rnn.c.T
     if image is None:
         if a.prefix:
-            trainer.fail("--prefix completes images, and this checkpoint was trained on " + ckpt["config"]["dataset"])
+            flags.fail("--prefix completes images, and this checkpoint was trained on " + ckpt["config"]["dataset"])
         print(answers(trainer.load_data(ckpt["config"], a.data_dir, device), rnn, a.n), end="")
         return
     gen = torch.Generator().manual_seed(a.seed)
@@ -152,9 +153,9 @@ def main(argv=None) -> None:
     try:
         save_png(a.out, page)
     except OSError as e:
-        trainer.fail(f"--out {a.out} cannot be written ({e.strerror}); give another path")
+        flags.fail(f"--out {a.out} cannot be written ({e.strerror}); give another path")
     print(f"{len(out)} images in {a.out}")
 
 
 if __name__ == "__main__":
-    trainer.cli(main)
+    flags.cli(main)

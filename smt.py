@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import flags
 import trainer
 from evaluate import evaluate, summary
+from flags import flag
 from model import RNN, Decoder, Encoder, cross_entropy, futures
 from sample import draw_samples
-from trainer import flag
 
 
 @dataclass
-class Config(trainer.Config):
+class Config(flags.Config):
     lambda_dec: float = flag(1.0, "weight of the decoder's loss, Eq. 2")
     lambda_dyn: float = flag(0.3, "weight of the one-step dynamics loss, Eq. 3")
     lambda_unif: float = flag(0.003, "weight of the uniformity loss, Eq. 4")
@@ -94,7 +95,7 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
 
 
 def main(argv=None) -> None:
-    cfg, _ = trainer.parse(Config, argv, PRESETS, "smt", __doc__)
+    cfg, _ = flags.parse(Config, argv, PRESETS, "smt", __doc__)
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
@@ -124,4 +125,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    trainer.cli(main)
+    flags.cli(main)

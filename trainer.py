@@ -1,8 +1,7 @@
-"""What the training scripts share: flags, presets, device, optimiser, schedule, log, checkpoints, resume.
+"""What the training scripts share: device, optimiser, schedule, log, checkpoints, resume.
 
 A script's own file holds its objective and its loop; this file is everything around them:
 
-    cfg, ckpt = trainer.parse(Config, argv, PRESETS, script)      # flags -> dataclass, or one line and exit code 2
     run = trainer.Run(cfg, script, ...)                           # out_dir, optimiser, resume
     for step in run.loop():                                       # lr, log, evaluation, checkpoints, the end
         run.backward(losses)
@@ -11,7 +10,6 @@ A script's own file holds its objective and its loop; this file is everything ar
 A run writes into out_dir: ckpt.pt (newest state, resumable), best.pt (best on the validation split), log.csv,
 config.json, curve.png and samples.png (or samples.txt).
 """
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -24,227 +22,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import data as datasets
-from model import UPDATERS, CheckpointError, ModelConfig, load_checkpoint
-
-
-class UsageError(Exception):
-    """Bad input of the user; the message is one line that names the flag or file and what to do."""
-
-
-# ---------------------------------------------------------------------------------------------- flags
-
-def flag(default, help: str, group: str = "method", choices=None):
-    """A command-line flag as a dataclass field. `group` says who owns it: "task" and "model" flags come from
-    the checkpoint where one is given; "length" flags may change on resume; all others may not."""
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, choices=choices))
-
-
-@dataclass
-class Config:
-    """Flags of every training script. Defaults are those of the laptop preset."""
-    dataset: str = flag("glyphs", "what to learn", "task", sorted(datasets.OPTIONS))
-    image_size: int = flag(None, "pixels a side, for images", "task")
-    levels: int = flag(None, "grey levels of mnist: 2 or 256", "task")
-    binarize: str = flag(None, "how mnist gets its 2 levels: at half intensity, or one fixed Bernoulli draw", "task",
-                         ("threshold", "static"))
-    glyphs: str = flag(None, "the characters of the glyphs dataset", "task")
-    jitter: float = flag(None, "strength of the random affine maps of glyphs", "task")
-    length: int = flag(None, "sequence length T of retrieval", "task")
-    symbols: int = flag(None, "number of symbols of retrieval", "task")
-    noise: float = flag(None, "probability that a label of retrieval is redrawn", "task")
-    needle_range: int = flag(None, "last position of retrieval's needle; 0 = first quarter", "task")
-
-    rnn: str = flag("transformer", "updater of the RNN", "model", sorted(UPDATERS))
-    encoder: str = flag("causal", "attention pattern of the encoder", "model", ("bidirectional", "causal"))
-    d_model: int = flag(64, "d: width of memory tokens and residual streams", "model")
-    n_heads: int = flag(2, "H: attention heads", "model")
-    head_dim: int = flag(0, "width of a head; 0 = d / H", "model")
-    mem_tokens: int = flag(8, "K: memory tokens", "model")
-    enc_layers: int = flag(2, "layers of the encoder", "model")
-    dec_layers: int = flag(2, "layers of the decoder and the readout", "model")
-    rnn_layers: int = flag(2, "layers of the updater", "model")
-    ctx_len: int = flag(0, "Tc: most tokens the encoder reads; 0 = the whole sequence", "model")
-    fut_len: int = flag(8, "Tf: future outputs the decoder predicts; 0 = the whole sequence", "model")
-    timestamps: bool = flag(True, "give encoder, decoder and updater the absolute time of every token", "model")
-
-    data_dir: str = flag(os.environ.get("SMT_DATA_DIR", "data"), "where data files are, or are downloaded to; the "
-                         "environment variable SMT_DATA_DIR changes the default", "length")
-    out_dir: str = flag("", "where the run writes; empty = runs/<script>-<dataset>", "length")
-    preset: str = flag("", "sizes and recipe; empty = gpu on CUDA, else laptop", choices=("laptop", "gpu", "paper"))
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
-    threads: int = flag(0, "CPU threads; 0 = torch's choice")
-    seed: int = flag(0, "seed of weights and batches")
-    steps: int = flag(0, "length of the run in optimiser steps; 0 = no limit", "length")
-    minutes: float = flag(5.0, "length of the run in minutes, all resumes together; 0 = no limit", "length")
-    stop_after: float = flag(0.0, "end this call after so many minutes, saved and resumable; 0 = never", "length")
-    batch_size: int = flag(24, "sequences a step")
-    lr: float = flag(2e-3, "peak learning rate of AdamW")
-    warmup: int = flag(50, "steps of linear warm-up")
-    decay: bool = flag(True, "cosine decay of the learning rate to 5 %% of its peak at the end of the run")
-    log_every: int = flag(50, "steps between log lines", "length")
-    eval_every: int = flag(250, "steps between evaluations on the validation split; 0 = only at the end", "length")
-    ckpt_every: int = flag(250, "steps between checkpoints; 0 = only at the end", "length")
-    compile: bool = flag(False, "torch.compile the Transformer blocks")
-    resume: bool = flag(False, "continue the run in out_dir", "length")
-    overwrite: bool = flag(False, "replace the run in out_dir", "length")
-
-
-# Sizes of PAPER Sec. 4-5 for "paper"; "gpu" keeps the sizes and takes the cheaper labels and schedule.
-_big = dict(d_model=256, n_heads=4, mem_tokens=16, enc_layers=8, dec_layers=4, rnn_layers=8, batch_size=128)
-SIZES = {
-    "laptop": dict(),
-    "gpu": _big | dict(fut_len=16, lr=1e-3, warmup=200, eval_every=500, ckpt_every=500),
-    "paper": _big | dict(n_heads=8, head_dim=64, encoder="bidirectional", ctx_len=256, fut_len=64, timestamps=False,
-                         lr=3e-4, minutes=0.0, eval_every=1000, ckpt_every=1000),
-}
-
-
-def preset_values(preset: str, dataset: str, own: dict) -> dict:
-    """Values of a preset; `own` are the script's: {preset: values, (preset, dataset): values}."""
-    out = SIZES[preset] | own.get(preset, {}) | own.get((preset, dataset), {})
-    if preset == "laptop" and dataset == "mnist":
-        out = {"image_size": 14} | out
-    if dataset == "retrieval":  # PAPER Sec. 6: Tc = Tf = T for synthetic tasks
-        out = out | {"ctx_len": 0, "fut_len": 0}
-    return out
-
-
-def fail(message: str):
-    raise UsageError(message)
-
-
-def parse(Config, argv, own_presets: dict, script: str, doc: str):
-    """Flags -> (config, checkpoint to build the networks from, or None).
-
-    Values come, from weakest to strongest: defaults, preset, the checkpoint of --ckpt or --init (task and model), the
-    command line. With --resume everything comes from the stored run, and the command line may only change "length"
-    flags; the checkpoint is then the run's own. Raises UsageError, CheckpointError.
-    """
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    group = {name: f.metadata["group"] for name, f in fields.items()}
-    p = argparse.ArgumentParser(prog=f"{script}.py", description=doc, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail  # one line instead of a usage block
-    for name, f in fields.items():
-        shown = "the dataset's" if f.default is None else f.default if f.default != "" else "-"
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__)
-        p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})", **kind)
-    given = vars(p.parse_args(argv))
-    if given.get("resume") and given.get("overwrite"):
-        fail("--resume continues a run and --overwrite replaces it; give one of them")
-
-    source = given.get("ckpt") or given.get("init")
-    ckpt = load_checkpoint(source) if source else None
-    values = {k: v for k, v in ckpt["config"].items() if group.get(k) in ("task", "model")} if ckpt else {}
-    for name in given:
-        if ckpt and group[name] in ("task", "model"):
-            fail(f"--{name} comes from the checkpoint {source}; leave it out, or train a new one")
-    dataset = values.get("dataset") or given.get("dataset") or fields["dataset"].default
-    out_dir = given.get("out_dir") or f"runs/{script}-{dataset}"
-    newest = os.path.join(out_dir, "ckpt.pt")
-    if given.get("resume"):
-        ckpt = load_checkpoint(newest)
-        values = ckpt["config"] | dict(overwrite=False, stop_after=0.0)
-        if ckpt["script"] != script:
-            fail(f"--out_dir {out_dir} holds a run of {ckpt['script']}.py; resume it with that script")
-        for name in given:
-            if group[name] != "length" and given[name] != values.get(name):
-                fail(f"--{name} {given[name]} differs from {values.get(name)} in {out_dir}; only run length and logging "
-                     "may change on --resume")
-    else:
-        if os.path.exists(newest) and not given.get("overwrite"):
-            fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or another --out_dir")
-        device = pick_device(given.get("device", "auto"))
-        preset = given.get("preset") or (ckpt["config"]["preset"] if ckpt else
-                                         "gpu" if device.startswith("cuda") else "laptop")
-        values = preset_values(preset, dataset, own_presets) | values | dict(preset=preset)
-    for one, other in (("steps", "minutes"), ("minutes", "steps")):
-        if given.get(one):
-            values[other] = 0  # a run counted in steps has no clock, so that it can be repeated exactly
-    cfg = Config(**{k: v for k, v in (values | given | dict(out_dir=out_dir)).items() if k in fields})
-
-    own = datasets.OPTIONS.get(cfg.dataset, {})
-    for name in (n for options in datasets.OPTIONS.values() for n in options if n not in own):
-        if name in given:
-            fail(f"--{name} means nothing to --dataset {cfg.dataset}; leave it out")
-        setattr(cfg, name, None)
-    for name, default in own.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, default)
-    check(cfg)
-    return cfg, ckpt
-
-
-MOST_THREADS = 1024  # torch crashes on absurd numbers
-
-
-def demand(name: str, value: float, low: float, high: float) -> None:
-    """Refuse --name value unless low <= value <= high; NaN fails every comparison. Raises UsageError."""
-    if not low <= value <= high:
-        fail(f"--{name} {value} is not allowed; give a number from {low} to {high:g}")
-
-
-def check(cfg) -> None:
-    """Refuse values no run can mean. Raises UsageError naming the flag."""
-    least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size log_every pairs runs "
-                          "micro".split(), 1) | dict(run_len=2)
-    most = dict(threads=MOST_THREADS, chain=1)
-    for name, value in vars(cfg).items():
-        if type(value) in (int, float):
-            demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))
-    if cfg.lr == 0:
-        fail(f"--lr {cfg.lr} is not allowed; give a number above 0, such as 1e-3")
-    if not cfg.steps and not cfg.minutes:
-        fail("--steps and --minutes are both 0, so the run would never end; give one of them")
-    if not cfg.head_dim and cfg.d_model % cfg.n_heads:
-        fail(f"--d_model {cfg.d_model} is not a multiple of --n_heads {cfg.n_heads}; change one, or give --head_dim")
-    if (cfg.head_dim or cfg.d_model // cfg.n_heads) % 2:
-        fail(f"--head_dim {cfg.head_dim or cfg.d_model // cfg.n_heads} is odd; RoPE rotates pairs, make it even")
-    if cfg.encoder == "causal" and cfg.ctx_len == 1:
-        fail("--ctx_len 1 leaves a causal encoder one memory and no transition; give 0 (all) or at least 2")
-
-
-def cli(main):
-    """Run main(argv); turn what the user can mend into one line on stderr and exit code 2."""
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-        return
-    except BrokenPipeError:  # the reader of a pipe has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    except (UsageError, datasets.DataError, CheckpointError, OSError) as e:
-        line, code = str(e), 2
-    except KeyboardInterrupt:  # Run.loop saves first; here there was nothing to save yet
-        line, code = "interrupted", 130
-    except (MemoryError, RuntimeError) as e:
-        known = any(s in str(e) for s in ("out of memory", "allocate memory", "enough memory"))
-        if not known and type(e) is not MemoryError:
-            raise
-        line, code = f"out of memory ({str(e)[:200]}); lower --batch_size or the sizes of the model", 2
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-# ------------------------------------------------------------------------------------- device and sizes
-
-def pick_device(name: str) -> str:
-    """"auto" -> cuda, mps or cpu; anything else is checked. Raises UsageError."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as e:  # torch raises half a dozen types
-        fail(f"--device {name} cannot be used here ({(str(e) or repr(e)).splitlines()[0][:80]}); try --device cpu")
-    return name
+from flags import fail, pick_device
+from model import CheckpointError, ModelConfig, load_checkpoint
 
 
 def autocast(device: str):

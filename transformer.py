@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import flags
 import trainer
 from evaluate import evaluate, summary
 from model import Decoder, cross_entropy
 
 
 @dataclass
-class Config(trainer.Config):
+class Config(flags.Config):
     pass
 
 
@@ -36,7 +37,7 @@ def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def main(argv=None) -> None:
-    cfg, _ = trainer.parse(Config, argv, PRESETS, "transformer", __doc__)
+    cfg, _ = flags.parse(Config, argv, PRESETS, "transformer", __doc__)
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     c = dataclasses.replace(c, dec_layers=c.enc_layers + c.dec_layers)
@@ -54,4 +55,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    trainer.cli(main)
+    flags.cli(main)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+import flags
 import trainer  # noqa: E402
 
 TASK = "--dataset retrieval --length 8 --symbols 3"
@@ -19,13 +20,13 @@ RUN = "--preset laptop --device cpu --batch_size 4 --steps 3"
 
 
 def run_command(monkeypatch, capsys, line):
-    """`python LINE` in this process, through trainer.cli: (exit code, stdout, stderr)."""
+    """`python LINE` in this process, through flags.cli: (exit code, stdout, stderr)."""
     argv = shlex.split(line)
     monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
     code = 0
     try:
-        trainer.cli(importlib.import_module(argv[0].removesuffix(".py")).main)
+        flags.cli(importlib.import_module(argv[0].removesuffix(".py")).main)
     except SystemExit as e:
         code = e.code or 0
     return code, *capsys.readouterr()

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 
 import data
+import flags
 import trainer
 
 SCRIPTS = ("smt", "dmt", "bptt", "transformer", "evaluate", "sample")
@@ -197,11 +198,11 @@ def test_other_failures_keep_their_traceback(monkeypatch):
     """cli hides the user's mistakes only: a bug of ours is raised whole, and running out of memory is explained."""
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(RuntimeError, match="a bug"):
-        trainer.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
+        flags.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(SystemExit, match="2"):
-        trainer.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate")))
+        flags.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate")))
     with pytest.raises(SystemExit, match="130"):
-        trainer.cli(lambda argv: (_ for _ in ()).throw(KeyboardInterrupt()))
+        flags.cli(lambda argv: (_ for _ in ()).throw(KeyboardInterrupt()))
 
 
 def test_a_real_process(tmp_path):
@@ -264,7 +265,7 @@ def test_evaluating_does_not_change_training(command, tmp_path):
 def test_a_run_in_steps_has_no_clock():
     """--steps alone sets no limit in minutes and --minutes alone none in steps, so that steps repeat exactly."""
     import smt
-    parse = lambda *argv: trainer.parse(smt.Config, ["--device", "cpu", *argv], smt.PRESETS, "smt", "")[0]
+    parse = lambda *argv: flags.parse(smt.Config, ["--device", "cpu", *argv], smt.PRESETS, "smt", "")[0]
     assert parse().minutes == 5 and parse().steps == 0
     assert (parse("--steps", "7").steps, parse("--steps", "7").minutes) == (7, 0)
     both = parse("--steps", "7", "--minutes", "2")
