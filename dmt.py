@@ -26,7 +26,7 @@ from sample import draw_samples
 class Config(flags.Config):
     ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
     lambda_kl: float = flag(10.0, "weight of the prediction-space loss: KL of the decoder's futures")
-    lambda_mse: float = flag(0.1, "weight of Eq. 6, divided by the variance of the encoder's memories")
+    lambda_mse: float = flag(1.0, "weight of Eq. 6, divided by the variance of the encoder's memories")
     pairs: int = flag(512, "transitions an optimiser step regresses on")
     horizon: int = flag(0, "most steps the RNN runs on its own; grows to this during the run; 0 = the whole sequence")
     rollout: str = flag("sequential", "own memories step by step, or by `horizon` sweeps over all times at once",
@@ -34,7 +34,7 @@ class Config(flags.Config):
 
 
 PRESETS = {
-    "laptop": dict(lr=1e-3, warmup=200, batch_size=24),
+    "laptop": dict(lr=5e-4, warmup=100),
     ("laptop", "mnist"): dict(minutes=10.0),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, minutes=5.0),
     "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
@@ -42,8 +42,8 @@ PRESETS = {
 
 
 def horizon_at(done: float, most: int) -> int:
-    """Curriculum: 2 steps at first, growing geometrically to `most` when 60 % of the run is done."""
-    return max(1, min(most, round(2 * (most / 2) ** min(1.0, done / 0.6))))
+    """Curriculum: 16 steps at first, growing geometrically to `most` when 60 % of the run is done."""
+    return min(most, round(16 * (most / 16) ** min(1.0, done / 0.6)))
 
 
 @torch.no_grad()

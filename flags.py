@@ -52,7 +52,7 @@ class Config:
     dec_layers: int = flag(2, "layers of the decoder and the readout", "model")
     rnn_layers: int = flag(2, "layers of the updater", "model")
     ctx_len: int = flag(0, "Tc: most tokens the encoder reads; 0 = the whole sequence", "model")
-    fut_len: int = flag(8, "Tf: future outputs the decoder predicts; 0 = the whole sequence", "model")
+    fut_len: int = flag(16, "Tf: future outputs the decoder predicts; 0 = the whole sequence", "model")
     timestamps: bool = flag(True, "give encoder, decoder and updater the absolute time of every token", "model")
 
     data_dir: str = flag(os.environ.get("SMT_DATA_DIR", "data"), "where data files are, or are downloaded to; the "
@@ -81,7 +81,7 @@ class Config:
 _big = dict(d_model=256, n_heads=4, mem_tokens=16, enc_layers=8, dec_layers=4, rnn_layers=8, batch_size=128)
 SIZES = {
     "laptop": dict(),
-    "gpu": _big | dict(fut_len=16, lr=1e-3, warmup=200, eval_every=500, ckpt_every=500),
+    "gpu": _big | dict(lr=1e-3, warmup=200, eval_every=500, ckpt_every=500),
     "paper": _big | dict(n_heads=8, head_dim=64, encoder="bidirectional", ctx_len=256, fut_len=64, timestamps=False,
                          lr=3e-4, minutes=0.0, eval_every=1000, ckpt_every=1000),
 }

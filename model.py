@@ -53,7 +53,7 @@ class ModelConfig:
     rnn: str = "transformer"
     encoder: str = "causal"
     ctx_len: int = 0        # Tc
-    fut_len: int = 8        # Tf
+    fut_len: int = 16       # Tf
     timestamps: bool = True
 
 

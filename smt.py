@@ -27,8 +27,8 @@ class Config(flags.Config):
     lambda_dyn: float = flag(0.3, "weight of the one-step dynamics loss, Eq. 3")
     lambda_unif: float = flag(0.003, "weight of the uniformity loss, Eq. 4")
     detach_rnn: bool = flag(False, "detached SMT: the gradient of L_dyn does not reach the encoder")
-    runs: int = flag(4, "runs of consecutive times in each sequence")
-    run_len: int = flag(4, "times in a run; each run holds run_len - 1 transitions")
+    runs: int = flag(2, "runs of consecutive times in each sequence")
+    run_len: int = flag(8, "times in a run; each run holds run_len - 1 transitions")
     chain: float = flag(0.9, "probability that a transition starts from the RNN's own memory; 0 = the paper's Eq. 3")
     micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
 
