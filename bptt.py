@@ -44,7 +44,7 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int) -> tuple
 
 
 def main(argv=None) -> None:
-    cfg, ckpt = flags.parse(Config, argv, PRESETS, "bptt", __doc__)
+    cfg, ckpt = flags.parse(Config, argv, PRESETS, "bptt", __doc__, unused=("encoder", "enc_layers", "ctx_len", "fut_len"))
     device, task = trainer.setup(cfg)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)

@@ -101,8 +101,8 @@ def fail(message: str):
     raise UsageError(message)
 
 
-def parse(Config, argv, own_presets: dict, script: str, doc: str):
-    """Flags -> (config, checkpoint to build the networks from, or None).
+def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple = ()):
+    """Flags -> (config, checkpoint to build the networks from, or None). Flags in `unused` mean nothing to the script.
 
     Values come, from weakest to strongest: defaults, preset, the checkpoint of --ckpt or --init (task and model), the
     command line. With --resume everything comes from the stored run, and the command line may only change "length"
@@ -114,6 +114,8 @@ def parse(Config, argv, own_presets: dict, script: str, doc: str):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = fail  # one line instead of a usage block
     for name, f in fields.items():
+        if name in unused:
+            continue
         shown = "the dataset's" if f.default is None else f.default if f.default != "" else "-"
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
             dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__)

@@ -56,6 +56,9 @@ def load_data(config: dict, data_dir: str, device: str) -> datasets.Data:
 def model_config(cfg, task: datasets.Data) -> ModelConfig:
     """Network sizes from flags and data; Tc and Tf are cut to the sequence. Raises UsageError."""
     cut = lambda n: min(n, task.T) if n else task.T
+    if cfg.encoder == "causal" and task.timestamps and cut(cfg.ctx_len) < task.T:
+        fail(f"--ctx_len {cfg.ctx_len} is shorter than the sequences of {task.T}, and a causal encoder makes no labels "
+             "beyond it; give 0, or --encoder bidirectional, whose window slides")
     names = [f.name for f in dataclasses.fields(ModelConfig)]
     given = {k: v for k, v in vars(cfg).items() if k in names}
     return ModelConfig(**given | dict(vocab=task.vocab, n_out=task.n_out, T=task.T, ctx_len=cut(cfg.ctx_len),

@@ -37,7 +37,8 @@ def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def main(argv=None) -> None:
-    cfg, _ = flags.parse(Config, argv, PRESETS, "transformer", __doc__)
+    cfg, _ = flags.parse(Config, argv, PRESETS, "transformer", __doc__,
+                         unused=("rnn", "encoder", "mem_tokens", "rnn_layers", "ctx_len", "fut_len"))
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     c = dataclasses.replace(c, dec_layers=c.enc_layers + c.dec_layers)

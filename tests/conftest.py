@@ -15,7 +15,7 @@ import flags
 import trainer  # noqa: E402
 
 TASK = "--dataset retrieval --length 8 --symbols 3"
-SIZES = "--d_model 16 --n_heads 2 --mem_tokens 2 --enc_layers 1 --dec_layers 1 --rnn_layers 1"
+SIZES = "--d_model 16 --n_heads 2 --dec_layers 1"  # what every script understands
 RUN = "--preset laptop --device cpu --batch_size 4 --steps 3"
 
 

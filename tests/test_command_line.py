@@ -80,6 +80,9 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --d_model 6", "--head_dim"),
     ("smt.py {TINY} --head_dim 3", "--head_dim"),
     ("smt.py {TINY} --ctx_len 1", "--ctx_len"),
+    ("smt.py {TINY} --ctx_len 6", "--ctx_len"),  # the query would never be seen
+    ("bptt.py {TINY} --enc_layers 2", "--enc_layers"),  # no encoder there
+    ("transformer.py {TINY} --mem_tokens 2", "--mem_tokens"),  # no memory there
     ("smt.py {TINY} --fut_len -1", "--fut_len"),
     ("smt.py {TINY} --image_size 14", "--image_size"),
     ("smt.py {TINY} --glyphs abc", "--glyphs"),
@@ -289,13 +292,12 @@ def distance(a, b):
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-# "a + b": what b changes on top of a. With one layer the encoder's pattern has no effect: the registers then read
-# only the tokens' inputs, which are the same in both.
+# "a + b": what b changes on top of a.
 SMT = """--seed 1|--batch_size 5|--lr 0.01|--warmup 3|--no-decay|--lambda_dec 2|--lambda_dyn 2|--lambda_unif 2|
---detach_rnn|--runs 2|--run_len 3|--chain 0.2|--micro 2|--enc_layers 2 + --encoder bidirectional|--no-timestamps|
---fut_len 2|--ctx_len 6|--encoder bidirectional + --ctx_len 3|--mem_tokens 3|--d_model 20|--n_heads 4|--head_dim 4|
---enc_layers 2|--dec_layers 2|--rnn_layers 2|--length 9|--symbols 4|--noise 0.9|--needle_range 5""".replace("\n", "").split("|")
-DMT = "--seed 1|--batch_size 5|--lr 0.01|--lambda_kl 1|--lambda_mse 5|--pairs 7|--horizon 1|--rollout parallel".split("|")
+--detach_rnn|--runs 3|--run_len 3|--chain 0.2|--micro 2|--encoder bidirectional|--no-timestamps|
+--fut_len 2|--encoder bidirectional + --ctx_len 3|--mem_tokens 3|--d_model 20|--n_heads 4|--head_dim 4|
+--enc_layers 1|--dec_layers 2|--rnn_layers 1|--length 9|--symbols 4|--noise 0.9|--needle_range 5""".replace("\n", "").split("|")
+DMT = "--seed 1|--batch_size 5|--lr 0.01|--lambda_kl 1|--lambda_mse 5|--pairs 7|--horizon 1|--horizon 3 + --rollout parallel".split("|")
 BPTT = ["--lr 0.01", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
 WITHOUT = set("dataset image_size levels binarize glyphs jitter rnn data_dir preset device threads compile ckpt "
               "init".split())  # where, on what and from what it runs; and the only updater there is

@@ -18,7 +18,7 @@ import transformer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md")).read()
 SCRIPTS = dict(smt=smt, dmt=dmt, bptt=bptt, transformer=transformer, evaluate=evaluate, sample=sample)
-SIZES = "--d_model 8 --n_heads 1 --mem_tokens 2 --enc_layers 1 --dec_layers 1 --rnn_layers 1".split()
+SIZES = "--d_model 8 --n_heads 1 --dec_layers 1".split()
 LENGTH = "--steps 1 --eval_every 0 --threads 1 --batch_size 2 --overwrite".split()
 
 
