@@ -27,9 +27,8 @@ class Config(flags.Config):
     lambda_dyn: float = flag(0.3, "weight of the one-step dynamics loss, Eq. 3")
     lambda_unif: float = flag(0.003, "weight of the uniformity loss, Eq. 4")
     detach_rnn: bool = flag(False, "detached SMT: the gradient of L_dyn does not reach the encoder")
-    runs: int = flag(4, "runs of consecutive times in each sequence")
+    runs: int = flag(2, "runs of consecutive times in each sequence")
     run_len: int = flag(8, "times in a run; each run holds run_len - 1 transitions")
-    decodes: int = flag(2, "memories of each run that the decoder reads, drawn anew every step; 0 = all")
     chain: float = flag(0.9, "probability that a transition starts from the RNN's own memory; 0 = the paper's Eq. 3")
     micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
 
@@ -37,8 +36,7 @@ class Config(flags.Config):
 PRESETS = {
     ("laptop", "mnist"): dict(minutes=15.0),
     "gpu": dict(minutes=12.0),
-    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, steps=150_000, warmup=1500, decay=False,
-                  runs=1, run_len=2, decodes=1, micro=4),
+    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, steps=150_000, warmup=1500, decay=False, runs=1, run_len=2, micro=4),
     # Sec. 6: synthetic tasks train many memories of each sequence
     ("paper", "retrieval"): dict(lambda_dyn=0.1, lambda_unif=0.001, runs=8, micro=1),
 }
@@ -68,15 +66,11 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
     """Eq. 2-5 on x, y (B, T) int64 at `times` (runs, run_len) int64 -> named scalars; "loss" is Eq. 5."""
     flat, dev = times.flatten(), x.device
     m = encoder(x, flat)                                                        # (B, n, K, d)
-    B = len(x)
+    B, n = m.shape[:2]
 
-    # L_dec, Eq. 2: m_t predicts the future, and is all the decoder sees of the past. Neighbours in a run share most
-    # of their future, so a few of them will do.
-    R, L = times.shape
-    read = torch.rand(R, L, generator=gen).argsort(1)[:, :cfg.decodes or L] + L * torch.arange(R)[:, None]
-    read = read.flatten()                                                       # (r,) which of the n memories
-    x_fut, y_fut = futures(x, y, flat[read], decoder.c.fut_len)                 # (B, r, Tf - 1), (B, r, Tf)
-    logits = decoder(m[:, read].flatten(0, 1), x_fut.flatten(0, 1), flat[read].to(dev).repeat(B))
+    # L_dec, Eq. 2: m_t predicts the future, and is all the decoder sees of the past
+    x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)                       # (B, n, Tf - 1), (B, n, Tf)
+    logits = decoder(m.flatten(0, 1), x_fut.flatten(0, 1), flat.to(dev).repeat(B))
     dec = cross_entropy(logits, y_fut.flatten(0, 1))
 
     # L_dyn, Eq. 3: (m_{t-1}, x_t) -> m_t inside each run. With probability `chain` the next input is what the RNN
@@ -84,13 +78,13 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
     run = m.unflatten(1, times.shape)                                           # (B, runs, run_len, K, d)
     if cfg.detach_rnn:
         run = run.detach()
-    before, own, errors = run[:, :, 0], torch.zeros(B, R, 1, 1, dtype=torch.bool, device=dev), []
-    for i in range(1, L):
+    before, own, errors = run[:, :, 0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev), []
+    for i in range(1, times.shape[1]):
         now = times[:, i].to(dev)                                               # (runs,)
         guess = rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B)).view_as(before)
         target = torch.where(own, run[:, :, i].detach(), run[:, :, i])
         errors.append((guess.float() - target.float()).square().mean())
-        own = (torch.rand(B, R, 1, 1, generator=gen) < cfg.chain).to(dev)
+        own = (torch.rand(B, len(times), 1, 1, generator=gen) < cfg.chain).to(dev)
         before = torch.where(own, guess.detach(), run[:, :, i])
     dyn = torch.stack(errors).mean()
 

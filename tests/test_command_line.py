@@ -294,7 +294,7 @@ def distance(a, b):
 
 # "a + b": what b changes on top of a.
 SMT = """--seed 1|--batch_size 5|--lr 0.01|--warmup 3|--no-decay|--lambda_dec 2|--lambda_dyn 2|--lambda_unif 2|
---detach_rnn|--runs 3|--decodes 1|--run_len 3|--chain 0.2|--micro 2|--encoder bidirectional|--no-timestamps|
+--detach_rnn|--runs 3|--run_len 3|--chain 0.2|--micro 2|--encoder bidirectional|--no-timestamps|
 --fut_len 2|--encoder bidirectional + --ctx_len 3|--mem_tokens 3|--d_model 20|--n_heads 4|--head_dim 4|
 --enc_layers 1|--dec_layers 2|--rnn_layers 1|--length 9|--symbols 4|--noise 0.9|--needle_range 5""".replace("\n", "").split("|")
 DMT = "--seed 1|--batch_size 5|--lr 0.01|--lambda_kl 1|--lambda_mse 5|--pairs 7|--horizon 1|--horizon 3 + --rollout parallel".split("|")
