@@ -63,7 +63,7 @@ class Config:
     threads: int = flag(0, "CPU threads; 0 = torch's choice")
     seed: int = flag(0, "seed of weights and batches")
     steps: int = flag(0, "length of the run in optimiser steps; 0 = no limit", "length")
-    minutes: float = flag(5.0, "length of the run in minutes, all resumes together; 0 = no limit", "length")
+    minutes: float = flag(4.75, "length of the run in minutes, all resumes together; 0 = no limit", "length")
     stop_after: float = flag(0.0, "end this call after so many minutes, saved and resumable; 0 = never", "length")
     batch_size: int = flag(24, "sequences a step")
     lr: float = flag(2e-3, "peak learning rate of AdamW")
