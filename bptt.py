@@ -58,8 +58,8 @@ def main(argv=None) -> None:
     nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items() if v is not None}
     run = trainer.Run(
         cfg, "bptt", nets, [[*rnn.parameters()]], c, task, device, select="rollout",
-        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", 200, kl_sequences=16)),
-        draw=lambda out_dir: draw_samples(out_dir, task, rnn))
+        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
+        draw=lambda out_dir: draw_samples(out_dir, task, rnn, n=min(40, cfg.n_val)))
     span = cfg.truncate or task.T
     for step in run.loop():
         x, y = task.batch(cfg.batch_size, run.gen)

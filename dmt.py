@@ -114,8 +114,8 @@ def main(argv=None) -> None:
     run = trainer.Run(
         cfg, "dmt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
         [[*rnn.updater.parameters()], [*rnn.readout.parameters()]], c, task, device, select="rollout",
-        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", 200, kl_sequences=16)),
-        draw=lambda out_dir: draw_samples(out_dir, task, rnn), every=steps_a_round)
+        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
+        draw=lambda out_dir: draw_samples(out_dir, task, rnn, n=min(40, cfg.n_val)), every=steps_a_round)
     order = None
     for step in run.loop():
         if step % steps_a_round == 0 or order is None:  # a new round of on-policy pairs

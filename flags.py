@@ -71,6 +71,7 @@ class Config:
     decay: bool = flag(True, "cosine decay of the learning rate to 5 %% of its peak at the end of the run")
     log_every: int = flag(50, "steps between log lines", "length")
     eval_every: int = flag(250, "steps between evaluations on the validation split; 0 = only at the end", "length")
+    n_val: int = flag(200, "validation sequences of an evaluation, and at most 40 samples", "length")
     ckpt_every: int = flag(250, "steps between checkpoints; 0 = only at the end", "length")
     compile: bool = flag(False, "torch.compile the Transformer blocks")
     resume: bool = flag(False, "continue the run in out_dir", "length")
@@ -177,7 +178,7 @@ def demand(name: str, value: float, low: float, high: float) -> None:
 
 def check(cfg) -> None:
     """Refuse values no run can mean. Raises UsageError naming the flag."""
-    least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size log_every pairs runs "
+    least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size n_val log_every pairs runs "
                           "micro".split(), 1) | dict(run_len=2)
     most = dict(threads=MOST_THREADS, chain=1)
     for name, value in vars(cfg).items():

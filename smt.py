@@ -112,8 +112,8 @@ def main(argv=None) -> None:
     run = trainer.Run(
         cfg, "smt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
         [[*encoder.parameters(), *decoder.parameters()], [*rnn.updater.parameters()]], c, task, device, select="one_step",
-        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", 200, kl_sequences=16)),
-        draw=lambda out_dir: draw_samples(out_dir, task, rnn, encoder, decoder), refresh=refresh)
+        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
+        draw=lambda out_dir: draw_samples(out_dir, task, rnn, encoder, decoder, n=min(40, cfg.n_val)), refresh=refresh)
     for step in run.loop():
         for _ in range(cfg.micro):
             x, y = task.batch(max(1, cfg.batch_size // cfg.micro), run.gen)

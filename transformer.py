@@ -46,7 +46,7 @@ def main(argv=None) -> None:
     decoder = Decoder(c).to(device)
     run = trainer.Run(
         cfg, "transformer", dict(decoder=decoder), [[*decoder.parameters()]], c, task, device, select="teacher",
-        validate=lambda: summary(evaluate(task, None, None, decoder, "val", 200)), draw=lambda out_dir: None)
+        validate=lambda: summary(evaluate(task, None, None, decoder, "val", cfg.n_val)), draw=lambda out_dir: None)
     for step in run.loop():
         x, y = task.batch(cfg.batch_size, run.gen)
         with trainer.autocast(device):
