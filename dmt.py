@@ -8,6 +8,8 @@ One round: the RNN runs on its own memories, without a graph; the frozen encoder
 Then a few optimiser steps regress (own m_{t-1}, x_t) -> encoder's m_t on random pairs of the round, in parallel
 over time. No gradient ever crosses a step. Writes runs/dmt-<dataset>.
 """
+import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +27,13 @@ from sample import draw_samples
 @dataclass
 class Config(flags.Config):
     ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
-    lambda_kl: float = flag(10.0, "weight of the prediction-space loss: KL of the decoder's futures")
+    lambda_kl: float = flag(1.0, "weight of the prediction-space loss: KL of the decoder's futures")
     lambda_mse: float = flag(1.0, "weight of Eq. 6, divided by the variance of the encoder's memories")
+    tube: float = flag(0.5, "put the RNN back on the encoder's memory when it is further off than this part of the variance; "
+                       "0 = never")
     pairs: int = flag(512, "transitions an optimiser step regresses on")
     horizon: int = flag(0, "most steps the RNN runs on its own; grows to this during the run; 0 = the whole sequence")
+    ema: float = flag(0.99, "decay of the average of the RNN's weights that is evaluated, saved and sampled; 0 = none")
     rollout: str = flag("sequential", "own memories step by step, or by `horizon` sweeps over all times at once",
                         choices=("sequential", "parallel"))
 
@@ -38,7 +43,7 @@ PRESETS = {
     ("laptop", "mnist"): dict(minutes=10.0),
     ("laptop", "retrieval"): dict(minutes=4.0, pairs=128),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, minutes=5.0),
-    "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
+    "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, tube=0.0, ema=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
 }
 
 
@@ -48,27 +53,35 @@ def horizon_at(done: float, most: int) -> int:
 
 
 @torch.no_grad()
-def own_memories(rnn: RNN, labels: Tensor, x: Tensor, horizon: int, offset: int, mode: str) -> Tensor:
+def own_memories(rnn: RNN, labels: Tensor, x: Tensor, horizon: int, offset: int, mode: str, most: float) -> Tensor:
     """The RNN's own memories, never further than `horizon` updates from an encoder's: (B, T, K, d).
 
     labels (B, T, K, d) are the encoder's memories of x (B, T). sequential: every sequence is cut at the times
     t = offset (mod horizon); there, and at t = 0, the memory is the encoder's, and from there the RNN runs
     alone, all pieces at once. parallel: `horizon` Jacobi sweeps m_t <- f(m_{t-1}, x_t) over all times, from the
     encoder's; T - 1 sweeps are the exact rollout from m_0.
+
+    A memory with a mean square error above `most` is put back on the label (the tube): it has lost what the label
+    holds, no later input brings that back, and a pair that starts there would teach the RNN to forget.
     """
     B, T = x.shape
     own = labels.clone()
+
+    def step(m: Tensor, x_now: Tensor, t: Tensor, label: Tensor) -> Tensor:     # (B, n, K, d), (B, n), (n,)
+        m = rnn.update(m.flatten(0, 1), x_now.flatten(), t.repeat(B)).view_as(label).to(label.dtype)
+        lost = (m - label).square().mean((2, 3), keepdim=True) > most
+        return torch.where(lost, label, m)
+
     if mode == "parallel":
-        t = torch.arange(1, T, device=x.device).repeat(B)
+        t = torch.arange(1, T, device=x.device)
         for _ in range(min(horizon, T - 1)):
-            own[:, 1:] = rnn.update(own[:, :-1].flatten(0, 1), x[:, 1:].flatten(), t).view(B, T - 1, *own.shape[2:])
+            own[:, 1:] = step(own[:, :-1], x[:, 1:], t, labels[:, 1:])
         return own
     for age in range(1, horizon):
         first = (offset + age) % horizon or horizon                            # times t >= 1 with t - offset = age
         t = torch.arange(first, T, horizon, device=x.device)
         if len(t):
-            m = rnn.update(own[:, first - 1:T - 1:horizon].flatten(0, 1), x[:, t].flatten(), t.repeat(B))
-            own[:, first::horizon] = m.view(B, len(t), *own.shape[2:]).to(own.dtype)
+            own[:, first::horizon] = step(own[:, first - 1:T - 1:horizon], x[:, t], t, labels[:, first::horizon])
     return own
 
 
@@ -105,15 +118,16 @@ def main(argv=None) -> None:
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels exist for t < T
     times = torch.arange(T)
     for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
-        p.requires_grad_(False)
+        p.requires_grad_(False)  # only updater and readout learn
     with torch.no_grad():
         x, _ = task.batch(64, torch.Generator().manual_seed(0))
         variance = encoder(x, times).float().flatten(0, 1).var(0, correction=0).mean().clamp(min=1e-8)
 
+    online = copy.deepcopy(rnn)  # what the optimiser moves; `rnn` follows as its average, and is what everybody else sees
     steps_a_round = max(1, cfg.batch_size * (T - 1) // cfg.pairs)
     run = trainer.Run(
-        cfg, "dmt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
-        [[*rnn.updater.parameters()], [*rnn.readout.parameters()]], c, task, device, select="rollout",
+        cfg, "dmt", dict(encoder=encoder, decoder=decoder, rnn=rnn, online=online),
+        [[*online.updater.parameters()], [*online.readout.parameters()]], c, task, device, select="rollout",
         validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
         draw=lambda out_dir: draw_samples(out_dir, task, rnn, n=min(40, cfg.n_val)), every=steps_a_round)
     order = None
@@ -125,15 +139,19 @@ def main(argv=None) -> None:
             offset = int(torch.randint(horizon, (1,), generator=run.gen)) if horizon < T else 0
             with torch.no_grad(), trainer.autocast(device):
                 labels = encoder(x, times)                                      # (B, T, K, d)
-                own = own_memories(rnn, labels, x, horizon, offset, cfg.rollout)
+                own = own_memories(online, labels, x, horizon, offset, cfg.rollout, (cfg.tube or math.inf) * float(variance))
                 x_fut, y_fut = futures(x, y, times, c.fut_len)
             order = torch.randperm(len(x) * (T - 1), generator=run.gen)
         pick = order[step % steps_a_round * cfg.pairs:][:cfg.pairs]
         b, t = (v.to(device) for v in (pick // (T - 1), pick % (T - 1) + 1))
         with trainer.autocast(device):
-            losses = objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance, cfg)
+            losses = objective(decoder, online, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance, cfg)
         run.backward(losses)
         run.update()
+        decay = min(cfg.ema, (step + 1) / (step + 10))  # a short memory at first
+        with torch.no_grad():
+            for slow, fast in zip(rnn.parameters(), online.parameters()):
+                slow.lerp_(fast, 1 - decay)
     print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")
 
 

@@ -1,4 +1,6 @@
 """Lesson: where gradients go. SMT and DMT never cross a step of the RNN; BPTT does, as far as it is allowed."""
+import math
+
 import pytest
 import torch
 from tiny import B, K, T, networks, sequences
@@ -70,7 +72,7 @@ def test_dmt_leaves_the_teacher_alone():
     for p in (*encoder.parameters(), *decoder.parameters()):
         p.requires_grad_(False)
     x, y = sequences()
-    dmt_losses(rnn, encoder, decoder, x, y, dmt.own_memories(rnn, encoder(x, torch.arange(T)), x, 4, 1, "sequential"))["loss"].backward()
+    dmt_losses(rnn, encoder, decoder, x, y, dmt.own_memories(rnn, encoder(x, torch.arange(T)), x, 4, 1, "sequential", math.inf))["loss"].backward()
     assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters()))
 
 

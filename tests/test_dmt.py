@@ -1,4 +1,6 @@
 """Lesson: the RNN's own memories, at most `horizon` steps from an encoder's, two ways."""
+import math
+
 import pytest
 import torch
 from tiny import B, T, networks, sequences
@@ -19,7 +21,7 @@ def setting():
 def test_sequential_pieces(horizon, offset):
     """m_t is the encoder's at t = offset (mod horizon) and at t = 0, and one update of m_{t-1} elsewhere."""
     rnn, labels, x = setting()
-    own = dmt.own_memories(rnn, labels, x, horizon, offset, "sequential")
+    own = dmt.own_memories(rnn, labels, x, horizon, offset, "sequential", math.inf)
     for t in range(T):
         if t == 0 or (t - offset) % horizon == 0:
             assert torch.equal(own[:, t], labels[:, t])
@@ -32,22 +34,22 @@ def test_sequential_pieces(horizon, offset):
 def test_horizon_one_is_behaviour_cloning():
     """With horizon 1 every memory is the encoder's: SMT's pairs."""
     rnn, labels, x = setting()
-    assert torch.equal(dmt.own_memories(rnn, labels, x, 1, 0, "sequential"), labels)
+    assert torch.equal(dmt.own_memories(rnn, labels, x, 1, 0, "sequential", math.inf), labels)
 
 
 def test_whole_horizon_is_the_rollout():
     """With horizon T the pieces are one rollout from m_0, and so are T - 1 parallel sweeps, and no fewer."""
     rnn, labels, x = setting()
     exact = rnn.memories(x)
-    assert torch.allclose(dmt.own_memories(rnn, labels, x, T, 0, "sequential"), exact, atol=1e-5)
-    assert torch.allclose(dmt.own_memories(rnn, labels, x, T - 1, 0, "parallel"), exact, atol=1e-5)
-    assert not torch.allclose(dmt.own_memories(rnn, labels, x, T - 2, 0, "parallel"), exact, atol=1e-3)
+    assert torch.allclose(dmt.own_memories(rnn, labels, x, T, 0, "sequential", math.inf), exact, atol=1e-5)
+    assert torch.allclose(dmt.own_memories(rnn, labels, x, T - 1, 0, "parallel", math.inf), exact, atol=1e-5)
+    assert not torch.allclose(dmt.own_memories(rnn, labels, x, T - 2, 0, "parallel", math.inf), exact, atol=1e-3)
 
 
 def test_parallel_sweeps_age_by_one():
     """After j sweeps m_t is a j-step rollout from the encoder's m_{t-j}."""
     rnn, labels, x = setting()
-    own, t, j = dmt.own_memories(rnn, labels, x, 3, 0, "parallel"), 7, 3
+    own, t, j = dmt.own_memories(rnn, labels, x, 3, 0, "parallel", math.inf), 7, 3
     expected = rnn.rollout(labels[:, t - j], x[:, t - j + 1:t + 1], t - j + 1)[:, -1]
     assert torch.allclose(own[:, t], expected, atol=1e-5)
 
