@@ -84,3 +84,16 @@ def test_masked_targets_are_finite():
     got["loss"].backward()
     assert got["kl"] == 0 and got["readout"] == 0 and torch.isfinite(got["loss"])
     assert all(torch.isfinite(p.grad).all() for p in rnn.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_tube_puts_lost_memories_back(mode):
+    """No memory is further from its label than the tube is wide, and those inside the tube are the RNN's own."""
+    rnn, labels, x = setting()
+    free = dmt.own_memories(rnn, labels, x, T, 0, mode, math.inf)
+    error = (free - labels).square().mean((2, 3))
+    width = float(error[:, 1].sort().values[1])  # at t = 1 some sequences are inside and some are not
+    own = dmt.own_memories(rnn, labels, x, T, 0, mode, width)
+    assert (own - labels).square().mean((2, 3)).max() <= width + 1e-6
+    back = (own == labels).all(3).all(2)
+    assert back[:, 1].tolist() == (error[:, 1] > width).tolist() and not back[:, 1].all() and back[:, 1].any()
