@@ -1,4 +1,4 @@
-"""DAgger Memory Training (Sec. 3, Eq. 6): correct the drift of an SMT-trained RNN on its own memories.
+"""DAgger Memory Training (Eq. 6): correct the drift of an SMT-trained RNN on its own memories.
 
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --lambda_kl 0 --lambda_mse 10    # the paper's loss
@@ -20,7 +20,7 @@ import flags
 import trainer
 from evaluate import evaluate, summary
 from flags import flag
-from model import RNN, Decoder, Encoder, build, futures
+from model import RNN, Decoder, build, futures
 from sample import draw_samples
 
 

@@ -57,7 +57,7 @@ class Score:
 @torch.no_grad()
 def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = None, decoder: Decoder | None = None,
              split: str = "test", n: int | None = None, kl_sequences: int = 64) -> dict:
-    """The numbers of DESIGN: a dict with the keys of the JSON output, None where one does not apply.
+    """A dict with the keys of the JSON output, None where one does not apply.
 
     encoder and decoder are the teacher (None for a BPTT run from scratch); rnn is None and decoder a plain
     language model for transformer.py. The first n sequences of `split`. Uses no random numbers.

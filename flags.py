@@ -78,7 +78,7 @@ class Config:
     overwrite: bool = flag(False, "replace the run in out_dir", "length")
 
 
-# Sizes of PAPER Sec. 4-5 for "paper"; "gpu" keeps the sizes and takes the cheaper labels and schedule.
+# The paper's sizes for "paper"; "gpu" keeps the sizes and takes the cheaper labels and schedule.
 _big = dict(d_model=256, n_heads=4, mem_tokens=16, enc_layers=8, dec_layers=4, rnn_layers=8, batch_size=128)
 SIZES = {
     "laptop": dict(),
@@ -93,7 +93,7 @@ def preset_values(preset: str, dataset: str, own: dict) -> dict:
     out = SIZES[preset] | own.get(preset, {}) | own.get((preset, dataset), {})
     if preset == "laptop" and dataset == "mnist":
         out = {"image_size": 14} | out
-    if dataset == "retrieval":  # PAPER Sec. 6: Tc = Tf = T for synthetic tasks
+    if dataset == "retrieval":  # the paper: Tc = Tf = T for synthetic tasks
         out = out | {"ctx_len": 0, "fut_len": 0}
     return out
 

@@ -14,7 +14,7 @@ Glossary (paper's symbol, shape, meaning; the same names everywhere in this proj
     x       x         (B, T) int64     inputs
     y       y         (B, T) int64     targets, -1 = no target here
     m       m_t       (B, K, d)        memory after reading x_0 .. x_t; every token has root-mean-square 1
-    Encoder E_phi                      context -> m_t                            (Sec. 2, "labels")
+    Encoder E_phi                      context -> m_t
     Decoder D_psi                      m_t, x_{t+1..t+Tf-1} -> y_t .. y_{t+Tf-1} (Eq. 2)
     update  f_theta                    m_{t-1}, x_t -> m_t                       (Eq. 1)
     readout g_theta                    m_t -> y_t; a Decoder that is given the memory alone
@@ -27,7 +27,6 @@ The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/te
     m_2 has read BOS s_0 s_1.  readout(m_2) predicts y_2 = s_2.  update(m_2, x_3, 3) = m_3.
     decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the token that arrived last.
 """
-import dataclasses
 import os
 import warnings
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ class Event(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E_phi: context tokens and K learned registers; the registers' outputs are the memory (Sec. 2).
+    """E_phi: context tokens and K learned registers; the registers' outputs are the memory.
 
     Two attention patterns over the same weights:
 
@@ -334,7 +333,3 @@ def build(ckpt: dict, *names: str) -> list[nn.Module]:
 def load(path: str, device: str = "cpu") -> RNN:
     """The trained RNN of any checkpoint, ready to be stepped (README shows how). Raises CheckpointError."""
     return build(load_checkpoint(path), "rnn")[0].to(device)
-
-
-def config_dict(c: ModelConfig) -> dict:
-    return dataclasses.asdict(c)

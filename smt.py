@@ -1,4 +1,4 @@
-"""Supervised Memory Training (Sec. 2, Eq. 2-5): train encoder, decoder and RNN together, without recurrence.
+"""Supervised Memory Training (Eq. 2-5): train encoder, decoder and RNN together, without recurrence.
 
     python smt.py                                   # glyphs: nothing to download, 5 minutes on a laptop
     python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
@@ -38,7 +38,7 @@ PRESETS = {
     ("laptop", "retrieval"): dict(minutes=6.0, runs=1),  # a decoder pass over a whole future is long
     "gpu": dict(minutes=12.0),
     "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, steps=150_000, warmup=1500, decay=False, runs=1, run_len=2, micro=4),
-    # Sec. 6: synthetic tasks train many memories of each sequence
+    # as in the paper, synthetic tasks train many memories of each sequence
     ("paper", "retrieval"): dict(lambda_dyn=0.1, lambda_unif=0.001, runs=8, micro=1),
 }
 

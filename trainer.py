@@ -83,7 +83,7 @@ class Run:
                  refresh=lambda: None, every: int = 1):
         self.cfg, self.script, self.nets, self.model, self.task, self.device = cfg, script, nets, model, task, device
         self.validate, self.draw, self.select, self.refresh, self.every = validate, draw, select, refresh, every
-        # Sec. 5: AdamW, betas (0.9, 0.95), weight decay 0.01
+        # the paper's recipe: AdamW, betas (0.9, 0.95), weight decay 0.01
         self.optimizer = torch.optim.AdamW([dict(params=g) for g in trained], lr=cfg.lr, betas=(0.9, 0.95),
                                            weight_decay=0.01, fused=device != "mps")
         self.gen = torch.Generator().manual_seed(cfg.seed)  # all randomness of training; evaluation has its own
@@ -191,7 +191,7 @@ class Run:
             self.sums[k] = self.sums.get(k, 0.0) + v.detach() * weight
 
     def update(self) -> None:
-        """Clip each group's gradient to norm 1 by itself (Sec. 5) and take the optimiser's step."""
+        """Clip each group's gradient to norm 1 by itself and take the optimiser's step."""
         for g in self.optimizer.param_groups:
             size = nn.utils.clip_grad_norm_(g["params"], 1.0)
             self.sums["grad"] = self.sums.get("grad", 0.0) + size

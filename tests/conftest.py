@@ -11,8 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import flags
-import trainer  # noqa: E402
+import flags  # noqa: E402
 
 TASK = "--dataset retrieval --length 8 --symbols 3"
 SIZES = "--d_model 16 --n_heads 2 --dec_layers 1"  # what every script understands

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from tiny import B, K, T, networks, sequences
+from tiny import B, T, networks, sequences
 
 import bptt
 import dmt

@@ -8,7 +8,6 @@ from tiny import networks
 
 import data
 import evaluate
-from model import Decoder
 from sample import generate
 
 V, L = 2, 4  # all 16 sequences of four binary symbols, as "images" of 2 x 2
