@@ -8,7 +8,6 @@ One round: the RNN runs on its own memories, without a graph; the frozen encoder
 Then a few optimiser steps regress (own m_{t-1}, x_t) -> encoder's m_t on random pairs of the round, in parallel
 over time. No gradient ever crosses a step. Writes runs/dmt-<dataset>.
 """
-import copy
 import math
 from dataclasses import dataclass
 
@@ -33,7 +32,6 @@ class Config(flags.Config):
                        "0 = never")
     pairs: int = flag(512, "transitions an optimiser step regresses on")
     horizon: int = flag(0, "most steps the RNN runs on its own; grows to this during the run; 0 = the whole sequence")
-    ema: float = flag(0.99, "decay of the average of the RNN's weights that is evaluated, saved and sampled; 0 = none")
     rollout: str = flag("sequential", "own memories step by step, or by `horizon` sweeps over all times at once",
                         choices=("sequential", "parallel"))
 
@@ -43,7 +41,7 @@ PRESETS = {
     ("laptop", "mnist"): dict(minutes=10.0),
     ("laptop", "retrieval"): dict(minutes=4.0, pairs=128),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, minutes=5.0),
-    "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, tube=0.0, ema=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
+    "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, tube=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
 }
 
 
@@ -123,11 +121,10 @@ def main(argv=None) -> None:
         x, _ = task.batch(64, torch.Generator().manual_seed(0))
         variance = encoder(x, times).float().flatten(0, 1).var(0, correction=0).mean().clamp(min=1e-8)
 
-    online = copy.deepcopy(rnn)  # what the optimiser moves; `rnn` follows as its average, and is what everybody else sees
     steps_a_round = max(1, cfg.batch_size * (T - 1) // cfg.pairs)
     run = trainer.Run(
-        cfg, "dmt", dict(encoder=encoder, decoder=decoder, rnn=rnn, online=online),
-        [[*online.updater.parameters()], [*online.readout.parameters()]], c, task, device, select="rollout",
+        cfg, "dmt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
+        [[*rnn.updater.parameters()], [*rnn.readout.parameters()]], c, task, device, select="rollout",
         validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
         draw=lambda out_dir: draw_samples(out_dir, task, rnn, n=min(40, cfg.n_val)), every=steps_a_round)
     order = None
@@ -139,19 +136,15 @@ def main(argv=None) -> None:
             offset = int(torch.randint(horizon, (1,), generator=run.gen)) if horizon < T else 0
             with torch.no_grad(), trainer.autocast(device):
                 labels = encoder(x, times)                                      # (B, T, K, d)
-                own = own_memories(online, labels, x, horizon, offset, cfg.rollout, (cfg.tube or math.inf) * float(variance))
+                own = own_memories(rnn, labels, x, horizon, offset, cfg.rollout, (cfg.tube or math.inf) * float(variance))
                 x_fut, y_fut = futures(x, y, times, c.fut_len)
             order = torch.randperm(len(x) * (T - 1), generator=run.gen)
         pick = order[step % steps_a_round * cfg.pairs:][:cfg.pairs]
         b, t = (v.to(device) for v in (pick // (T - 1), pick % (T - 1) + 1))
         with trainer.autocast(device):
-            losses = objective(decoder, online, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance, cfg)
+            losses = objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance, cfg)
         run.backward(losses)
         run.update()
-        decay = min(cfg.ema, (step + 1) / (step + 10))  # a short memory at first
-        with torch.no_grad():
-            for slow, fast in zip(rnn.parameters(), online.parameters()):
-                slow.lerp_(fast, 1 - decay)
     print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")
 
 

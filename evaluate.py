@@ -104,12 +104,8 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
     out = dict(dataset=task.name, split=split, n=len(x_all), units=task.units)
     out |= {name: scores[name].mean("nats") for name in COLUMNS}
     main = "rollout" if rnn is not None else "teacher"
-    posterior = held["posterior"]
-    if posterior is not None:
-        entropy = -torch.xlogy(posterior, posterior).sum(-1)
-        bayes = float((entropy.sum(1) / (y_all >= 0).sum(1).clamp(min=1)).double().mean())
-    known = posterior is not None
-    out |= dict(bayes=bayes if known else None, excess=scores[main].mean("excess"),
+    known = held["posterior"] is not None
+    out |= dict(bayes=datasets.bayes(held), excess=scores[main].mean("excess"),
                 excess_all={k: scores[k].mean("excess") for k in COLUMNS} if known else None,
                 accuracy={k: scores[k].mean("right") for k in COLUMNS} if held["clean"] is not None else None,
                 bits_per_pixel=out[main] / (T * math.log(2)) if task.image else None)

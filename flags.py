@@ -32,15 +32,22 @@ class Config:
     """Flags of every training script. Defaults are those of the laptop preset."""
     dataset: str = flag("glyphs", "what to learn", "task", sorted(datasets.OPTIONS))
     image_size: int = flag(None, "pixels a side, for images", "task")
-    levels: int = flag(None, "grey levels of mnist: 2 or 256", "task")
+    levels: int = flag(None, "grey levels: 2 or 256", "task")
     binarize: str = flag(None, "how mnist gets its 2 levels: at half intensity, or one fixed Bernoulli draw", "task",
                          ("threshold", "static"))
-    glyphs: str = flag(None, "the characters of the glyphs dataset", "task")
-    jitter: float = flag(None, "strength of the random affine maps of glyphs", "task")
-    length: int = flag(None, "sequence length T of retrieval", "task")
-    symbols: int = flag(None, "number of symbols of retrieval", "task")
-    noise: float = flag(None, "probability that a label of retrieval is redrawn", "task")
-    needle_range: int = flag(None, "last position of retrieval's needle; 0 = first quarter", "task")
+    glyphs: str = flag(None, "the characters", "task")
+    jitter: float = flag(None, "strength of the random affine maps", "task")
+    length: int = flag(None, "sequence length T, BOS included", "task")
+    symbols: int = flag(None, "number of symbols", "task")
+    noise: float = flag(None, "probability that a target is redrawn", "task")
+    needle_range: int = flag(None, "last position of the needle; 0 = the end of the first quarter", "task")
+    reverse: bool = flag(None, "ask for the string backwards", "task")
+    depth: int = flag(None, "height of a full stack", "task")
+    keys: int = flag(None, "number of key-value pairs", "task")
+    key_len: int = flag(None, "symbols in a key", "task")
+    examples: int = flag(None, "examples in context", "task")
+    modulus: int = flag(None, "p of y = a x + b (mod p)", "task")
+    items: int = flag(None, "things that are permuted", "task")
 
     rnn: str = flag("transformer", "updater of the RNN", "model", sorted(UPDATERS))
     encoder: str = flag("causal", "attention pattern of the encoder", "model", ("bidirectional", "causal"))
@@ -69,6 +76,7 @@ class Config:
     lr: float = flag(2e-3, "peak learning rate of AdamW")
     warmup: int = flag(50, "steps of linear warm-up")
     decay: bool = flag(True, "cosine decay of the learning rate to 5 %% of its peak at the end of the run")
+    ema: float = flag(0.99, "decay of the average of the weights that is evaluated, saved and sampled; 0 = none")
     log_every: int = flag(50, "steps between log lines", "length")
     eval_every: int = flag(250, "steps between evaluations on the validation split; 0 = only at the end", "length")
     n_val: int = flag(200, "validation sequences of an evaluation, and at most 40 samples", "length")
@@ -84,7 +92,7 @@ SIZES = {
     "laptop": dict(),
     "gpu": _big | dict(lr=1e-3, warmup=200, eval_every=500, ckpt_every=500),
     "paper": _big | dict(n_heads=8, head_dim=64, encoder="bidirectional", ctx_len=256, fut_len=64, timestamps=False,
-                         lr=3e-4, minutes=0.0, eval_every=1000, ckpt_every=1000),
+                         lr=3e-4, ema=0.0, minutes=0.0, eval_every=1000, ckpt_every=1000),
 }
 
 
@@ -114,13 +122,7 @@ def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple 
     p = argparse.ArgumentParser(prog=f"{script}.py", description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = fail  # one line instead of a usage block
-    for name, f in fields.items():
-        if name in unused:
-            continue
-        shown = "the dataset's" if f.default is None else f.default if f.default != "" else "-"
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__)
-        p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})", **kind)
+    add_flags(p, [f for f in fields.values() if f.name not in unused])
     given = vars(p.parse_args(argv))
     if given.get("resume") and given.get("overwrite"):
         fail("--resume continues a run and --overwrite replaces it; give one of them")
@@ -155,16 +157,40 @@ def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple 
             values[other] = 0  # a run counted in steps has no clock, so that it can be repeated exactly
     cfg = Config(**{k: v for k, v in (values | given | dict(out_dir=out_dir)).items() if k in fields})
 
-    own = datasets.OPTIONS.get(cfg.dataset, {})
-    for name in (n for options in datasets.OPTIONS.values() for n in options if n not in own):
-        if name in given:
-            fail(f"--{name} means nothing to --dataset {cfg.dataset}; leave it out")
-        setattr(cfg, name, None)
-    for name, default in own.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, default)
+    check_task_flags(cfg.dataset, given)
+    own = datasets.OPTIONS[cfg.dataset]
+    for name in task_flags():
+        if name not in own or getattr(cfg, name) is None:
+            setattr(cfg, name, own.get(name))
     check(cfg)
     return cfg, ckpt
+
+
+def add_flags(parser, fields) -> None:
+    """Offer dataclass fields on a command line; what is not given stays absent."""
+    for f in fields:
+        owners = {d: o[f.name] for d, o in datasets.OPTIONS.items() if f.name in o}
+        shown = ", ".join(f"{v} for {d}" for d, v in owners.items() if v not in (None, "")) or f.default
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
+            dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {'-' if shown in ('', None) else shown})", **kind)
+
+
+def task_flags() -> list[str]:
+    """Names of the flags that belong to datasets."""
+    return list(dict.fromkeys(name for options in datasets.OPTIONS.values() for name in options))
+
+
+def add_task_flags(parser) -> None:
+    add_flags(parser, [f for f in dataclasses.fields(Config) if f.name in task_flags()])
+
+
+def check_task_flags(dataset: str, given: dict) -> None:
+    """Refuse a flag of another dataset. Raises UsageError."""
+    for name in given:
+        if name in task_flags() and name not in datasets.OPTIONS[dataset]:
+            fail(f"--{name} means nothing to --dataset {dataset}; leave it out")
 
 
 MOST_THREADS = 1024  # torch crashes on absurd numbers

@@ -111,7 +111,7 @@ def answers(task: datasets.Data, rnn: RNN, n: int) -> str:
     held = task.held_out("test", n)
     x, y = held["x"], held["y"]
     guess = rnn.logits(rnn.memories(x)).argmax(-1).where(y >= 0, -1)
-    return "".join(f"{datasets.describe(task, a, b)} | RNN says {[int(v) for v in g[b >= 0]]}\n" for a, b, g in zip(x, y, guess))
+    return "".join(f"{task.show(a, b)} | RNN says {[int(v) for v in g[b >= 0]]}\n" for a, b, g in zip(x, y, guess))
 
 
 def main(argv=None) -> None:

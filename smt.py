@@ -30,6 +30,7 @@ class Config(flags.Config):
     runs: int = flag(2, "runs of consecutive times in each sequence")
     run_len: int = flag(8, "times in a run; each run holds run_len - 1 transitions")
     chain: float = flag(0.9, "probability that a transition starts from the RNN's own memory; 0 = the paper's Eq. 3")
+    decode_own: float = flag(0.0, "probability that the decoder reads the RNN's memory instead of the encoder's")
     micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
 
 
@@ -69,25 +70,30 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
     m = encoder(x, flat)                                                        # (B, n, K, d)
     B, n = m.shape[:2]
 
-    # L_dec, Eq. 2: m_t predicts the future, and is all the decoder sees of the past
-    x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)                       # (B, n, Tf - 1), (B, n, Tf)
-    logits = decoder(m.flatten(0, 1), x_fut.flatten(0, 1), flat.to(dev).repeat(B))
-    dec = cross_entropy(logits, y_fut.flatten(0, 1))
-
     # L_dyn, Eq. 3: (m_{t-1}, x_t) -> m_t inside each run. With probability `chain` the next input is what the RNN
     # itself just made, without its graph: it learns to correct its errors. Such pairs do not pull at the encoder.
     run = m.unflatten(1, times.shape)                                           # (B, runs, run_len, K, d)
     if cfg.detach_rnn:
         run = run.detach()
-    before, own, errors = run[:, :, 0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev), []
+    before, own, errors, guesses = run[:, :, 0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev), [], [run[:, :, 0]]
     for i in range(1, times.shape[1]):
         now = times[:, i].to(dev)                                               # (runs,)
         guess = rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B)).view_as(before)
         target = torch.where(own, run[:, :, i].detach(), run[:, :, i])
         errors.append((guess.float() - target.float()).square().mean())
+        guesses.append(guess)
         own = (torch.rand(B, len(times), 1, 1, generator=gen) < cfg.chain).to(dev)
         before = torch.where(own, guess.detach(), run[:, :, i])
     dyn = torch.stack(errors).mean()
+
+    # L_dec, Eq. 2: m_t predicts the future, and is all the decoder sees of the past
+    x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)                       # (B, n, Tf - 1), (B, n, Tf)
+    seen = m
+    if cfg.decode_own:
+        mine = (torch.rand(B, n, 1, 1, generator=gen) < cfg.decode_own).to(dev)
+        seen = torch.where(mine, torch.stack(guesses, 2).flatten(1, 2), m)
+    logits = decoder(seen.flatten(0, 1), x_fut.flatten(0, 1), flat.to(dev).repeat(B))
+    dec = cross_entropy(logits, y_fut.flatten(0, 1))
 
     unif = uniformity(m, gen)                                                   # Eq. 4
     loss = cfg.lambda_dec * dec + cfg.lambda_dyn * dyn + cfg.lambda_unif * unif  # Eq. 5

@@ -86,6 +86,7 @@ class Run:
         # the paper's recipe: AdamW, betas (0.9, 0.95), weight decay 0.01
         self.optimizer = torch.optim.AdamW([dict(params=g) for g in trained], lr=cfg.lr, betas=(0.9, 0.95),
                                            weight_decay=0.01, fused=device != "mps")
+        self.average = [p.detach().clone() for p in self.parameters()] if cfg.ema else []
         self.gen = torch.Generator().manual_seed(cfg.seed)  # all randomness of training; evaluation has its own
         self.step, self.spent, self.best = 0, 0.0, math.inf
         self.history, self.sums, self.metrics = [], {}, {}  # rows of log.csv; sums of losses since the last; validation
@@ -198,6 +199,23 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.sums["count"] = self.sums.get("count", 0) + 1
+        decay = min(self.cfg.ema, (self.step + 1) / (self.step + 10))  # a short memory at first
+        for slow, fast in zip(self.average, self.parameters()):
+            slow.lerp_(fast.detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the networks hold the average of their weights over the last steps instead of the newest ones."""
+        def swap():
+            for slow, fast in zip(self.average, self.parameters()):
+                newest = fast.detach().clone()
+                fast.data.copy_(slow)
+                slow.copy_(newest)
+        swap()
+        try:
+            yield
+        finally:
+            swap()
 
     def log(self, bar) -> None:
         """One line, and one row of log.csv, of what happened since the last."""
@@ -218,18 +236,19 @@ class Run:
         self.record(dict(lr=lr) | means)
 
     def evaluate(self) -> None:
-        """Numbers and pictures; keeps best.pt. Leaves the training state as it was."""
+        """Numbers and pictures of the averaged weights; keeps best.pt. Leaves the training state as it was."""
         self.check_weights()
-        self.refresh()
-        self.metrics = {k: v for k, v in self.validate().items() if isinstance(v, (int, float))}
-        self.say(f"step {self.step} | {self.elapsed() / 60:.1f}m | validation | " +
-                 " | ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
-        if self.metrics[self.select] < self.best:
-            self.best = self.metrics[self.select]
-            self.write("best.pt", lambda f: torch.save(self.state(), f), "wb")
+        with self.averaged():
+            self.refresh()
+            self.metrics = {k: v for k, v in self.validate().items() if isinstance(v, (int, float))}
+            self.say(f"step {self.step} | {self.elapsed() / 60:.1f}m | validation | " +
+                     " | ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
+            if self.metrics[self.select] < self.best:
+                self.best = self.metrics[self.select]
+                self.write("best.pt", lambda f: torch.save(self.state(), f), "wb")
+            self.draw(self.cfg.out_dir)
         self.record({"val_" + k: v for k, v in self.metrics.items()})
         self.draw_curve()
-        self.draw(self.cfg.out_dir)
         self.last_log = time.time()
 
     def record(self, row: dict) -> None:
@@ -262,11 +281,13 @@ class Run:
 
     def save(self) -> None:
         self.check_weights()
-        self.refresh()
-        full = self.state() | dict(optimizer=self.optimizer.state_dict(), elapsed=self.elapsed(), best=self.best,
-                                   history=self.history, sums=self.sums, rng=self.gen.get_state(),
-                                   torch_rng=torch.get_rng_state())
-        self.write("ckpt.pt", lambda f: torch.save(full, f), "wb")
+        full = dict(optimizer=self.optimizer.state_dict(), elapsed=self.elapsed(), best=self.best, history=self.history,
+                    sums=self.sums, rng=self.gen.get_state(), torch_rng=torch.get_rng_state(),
+                    newest=[p.detach().clone() for p in self.parameters()])
+        with self.averaged():
+            self.refresh()
+            full |= self.state()
+            self.write("ckpt.pt", lambda f: torch.save(full, f), "wb")
 
     def load(self, ckpt: dict) -> None:
         try:
@@ -274,6 +295,10 @@ class Run:
                 raise ValueError("its sizes are not those of its config")
             for name, net in self.nets.items():
                 net.load_state_dict(ckpt[name])
+            self.average = [p.detach().clone() for p in self.parameters()] if self.cfg.ema else []
+            with torch.no_grad():
+                for p, newest in zip(self.parameters(), ckpt["newest"], strict=True):
+                    p.copy_(newest)
             self.optimizer.load_state_dict(ckpt["optimizer"])
             self.step, self.spent, self.best = ckpt["step"], ckpt["elapsed"], ckpt["best"]
             self.history, self.sums, self.metrics = ckpt["history"], ckpt["sums"], ckpt["metrics"]

@@ -19,9 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
+import images as pictures  # noqa: E402  (many tests hold some `images`)
 from data import DataError  # noqa: E402
 
-TRAIN, TEST = data.MNIST_FILES
+TRAIN, TEST = pictures.MNIST_FILES
 SMALL = dict(train=20, test=7)  # images in the fake MNIST files, besides the validation split
 
 
@@ -37,8 +38,8 @@ def idx_bytes(images, magic=0x803, dims=None):
 @pytest.fixture
 def fake_mnist(tmp_path, monkeypatch):
     """A folder with two small MNIST files; the number of image i is written in its first two pixels."""
-    monkeypatch.setattr(data, "MNIST_VAL", 5)
-    monkeypatch.setattr(data, "MIRRORS", ())
+    monkeypatch.setattr(pictures, "MNIST_VAL", 5)
+    monkeypatch.setattr(pictures, "MIRRORS", ())
     for name, n in ((TRAIN, SMALL["train"] + 5), (TEST, SMALL["test"])):
         images = torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=rng(n))
         images[:, 0, 0] = torch.arange(n)
@@ -52,7 +53,7 @@ def fake_mnist(tmp_path, monkeypatch):
 def test_six_pixels_written_out():
     """A 2x3 image becomes x = (BOS, s_0..s_4) and y = (s_0..s_5): the last pixel is never an input."""
     picture = torch.tensor([[[0, 1, 1], [0, 0, 1]]], dtype=torch.uint8)
-    d = data.image_data("toy", dict(train=picture, val=picture, test=picture), levels=2)
+    d = pictures.image_data("toy", dict(train=picture, val=picture, test=picture), levels=2)
     h = d.held_out("test")
     assert h["x"].tolist() == [[2, 0, 1, 1, 0, 0]] and h["y"].tolist() == [[0, 1, 1, 0, 0, 1]]
     assert (d.T, d.vocab, d.n_out, d.bos, d.image) == (6, 3, 2, 2, (2, 3))
@@ -80,7 +81,7 @@ def test_the_generator_is_the_only_source_of_chance(name):
     """Equal generators give equal batches whatever the global one does, and loading leaves that untouched."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    data.glyph_images.cache_clear()
+    pictures.glyph_images.cache_clear()
     d = data.load(name, seed=5)
     a, b = d.batch(16, rng(3)), d.batch(16, rng(4))
     d.held_out("val", 5)
@@ -95,7 +96,7 @@ def test_the_generator_is_the_only_source_of_chance(name):
 def test_held_out_sets_never_change(name, options):
     """The first 10 of 100 are the 10, in every process, for every seed; validation is not test."""
     d = data.load(name, seed=0, **options)
-    data.glyph_images.cache_clear()
+    pictures.glyph_images.cache_clear()
     other = data.load(name, seed=1, **options)
     few, many = d.held_out("val", 10), other.held_out("val", 100)
     for key, value in few.items():
@@ -117,11 +118,11 @@ def test_retrieval_prefix_holds_across_chunks():
 def test_glyphs_are_many_shapes_of_few_characters():
     """Jitter makes nearly every picture a new one; without it a font and a character make one picture."""
     jittered = data.load("glyphs").held_out("test")["y"]
-    assert len(jittered) == data.GLYPH_COUNT["test"]
+    assert len(jittered) == pictures.GLYPH_COUNT["test"]
     assert len(jittered.unique(dim=0)) > 0.95 * len(jittered)
     assert 0.1 < jittered.float().mean() < 0.35 and (jittered.sum(1) > 5).all()
     plain = data.load("glyphs", jitter=0, glyphs="17").held_out("test")["y"]
-    assert 2 < len(plain.unique(dim=0)) <= 2 * len(data.FONTS)
+    assert 2 < len(plain.unique(dim=0)) <= 2 * len(pictures.FONTS)
 
 
 def test_glyph_size_and_characters_are_options():
@@ -161,10 +162,10 @@ def test_static_binarisation_is_one_fixed_draw_from_the_intensities(fake_mnist):
     """The same picture in every load and for every seed, and ink appears with the grey value's probability."""
     a, b = (data.load("mnist", fake_mnist, seed=s).held_out("test")["y"] for s in (0, 1))
     assert torch.equal(a, b) and set(a.unique().tolist()) == {0, 1}
-    n = data.MNIST_VAL + 4_000
+    n = pictures.MNIST_VAL + 4_000
     steps = torch.linspace(0, 255, 28).round().to(torch.uint8).expand(n, 28, 28).contiguous()
     (fake_mnist / TRAIN.removesuffix(".gz")).write_bytes(idx_bytes(steps))
-    images = data.mnist_images(fake_mnist, 28, 2, "static")
+    images = pictures.mnist_images(fake_mnist, 28, 2, "static")
     seen, wanted = images["train"].float().mean((0, 1)), steps[0, 0] / 255
     assert (seen - wanted).abs().max() < 0.006  # 112,000 draws each: four standard errors
     assert seen[0] == 0 and seen[-1] == 1
@@ -227,7 +228,7 @@ def real_mnist():
 @pytest.mark.skipif(real_mnist() is None, reason="no MNIST files in data/ or $SMT_DATA_DIR")
 def test_the_real_mnist():
     """55,000 + 5,000 + 10,000 images with the published mean grey."""
-    images = data.mnist_images(real_mnist(), 28, 256, None)
+    images = pictures.mnist_images(real_mnist(), 28, 256, None)
     assert {k: tuple(v.shape) for k, v in images.items()} == \
         dict(train=(55_000, 28, 28), val=(5_000, 28, 28), test=(10_000, 28, 28))
     assert abs(torch.cat([images["train"], images["val"]]).float().mean().item() - 33.318) < 1e-2
@@ -242,12 +243,12 @@ def test_the_real_mnist():
 @pytest.fixture
 def mirrors(tmp_path, monkeypatch):
     """Paths on a local server: /good/ serves the files, /short/ cuts them, /other/ serves other bytes of the
-    same length, /long/ more of them; anything else is 404. data.MIRRORS is for the test to set."""
+    same length, /long/ more of them; anything else is 404. pictures.MIRRORS is for the test to set."""
     files = {}
     for name, n in ((TRAIN, 12), (TEST, 3)):
         files[name] = gzip.compress(idx_bytes(PICTURES[:1].repeat(n, 1, 1)), mtime=0)
-    monkeypatch.setattr(data, "MNIST_FILES", {k: (len(v), hashlib.sha256(v).hexdigest()) for k, v in files.items()})
-    monkeypatch.setattr(data, "MNIST_VAL", 5)
+    monkeypatch.setattr(pictures, "MNIST_FILES", {k: (len(v), hashlib.sha256(v).hexdigest()) for k, v in files.items()})
+    monkeypatch.setattr(pictures, "MNIST_VAL", 5)
     monkeypatch.setattr(data, "TIMEOUT", 5)
     monkeypatch.setenv("no_proxy", "*")
     asked = []
@@ -277,7 +278,7 @@ def mirrors(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}/"
-    yield lambda *kinds: monkeypatch.setattr(data, "MIRRORS", tuple(
+    yield lambda *kinds: monkeypatch.setattr(pictures, "MIRRORS", tuple(
         "http://127.0.0.1:9/" if kind == "dead" else f"{base}{kind}/" for kind in kinds)) or asked
     server.shutdown()
     server.server_close()
@@ -314,7 +315,7 @@ def test_when_every_mirror_fails_nothing_is_left(tmp_path, mirrors, kinds):
         data.load("mnist", tmp_path)
     message = str(e.value)
     assert "\n" not in message and str(tmp_path / "mnist" / TRAIN) in message
-    assert all(mirror + TRAIN in message for mirror in data.MIRRORS)
+    assert all(mirror + TRAIN in message for mirror in pictures.MIRRORS)
     reasons = dict(dead="refused", gone="404", short="instead of", other="wrong sha256", long="instead of")
     assert all(reasons[kind] in message for kind in kinds)
     assert leftovers(tmp_path) == []

@@ -1,0 +1,180 @@
+"""Pictures as sequences of pixels in raster order: `glyphs` (embedded), `mnist`, and any dict of pictures.
+
+    t    0     1     2     3     4     5            (a 2x3 image)
+    x_t  BOS   s_0   s_1   s_2   s_3   s_4          the last pixel s_5 is never an input
+    y_t  s_0   s_1   s_2   s_3   s_4   s_5
+"""
+import functools
+import gzip
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import Data, DataError, check, find_file, one_line
+
+# ---------------------------------------------------------------------------------------------------------
+# any pictures
+
+def image_data(name, images, levels, device="cpu", about=""):
+    """A Data from uint8 pictures {"train", "val", "test": (N, H, W)} with values 0..levels-1; 0 is paper."""
+    H, W = images["train"].shape[1:]
+    flat = {split: v.flatten(1).to(device) for split, v in images.items()}  # uint8: all of MNIST is 55 MB
+
+    def sequences(pixels):
+        y = pixels.long()
+        x = torch.cat([torch.full_like(y[:, :1], levels), y[:, :-1]], 1)  # BOS, then all but the last pixel
+        return x, y
+
+    def batch(n, generator):
+        train = flat["train"]
+        return sequences(train[torch.randint(len(train), (n,), generator=generator).to(device)])
+
+    def held_out(split, n=None):
+        assert split in ("val", "test"), split
+        x, y = sequences(flat[split][:n])
+        return dict(x=x, y=y, clean=None, posterior=None)
+
+    return Data(name, T=H * W, vocab=levels + 1, n_out=levels, units="nats/image", timestamps=True,
+                image=(H, W), batch=batch, held_out=held_out, about=about,
+                sizes=", ".join(f"{len(v):,} {split}" for split, v in images.items()) + " images")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# glyphs
+
+# Of matplotlib's fonts, and how much each is fattened: at 12x12 a hairline would fall between the pixels.
+# Left out: the boldest, whose 8 and 9 close up at this size, and the one with a dotted 0, which would be an 8.
+FONTS = {"DejaVuSans": 2, "DejaVuSans-Oblique": 2, "DejaVuSerif": 2, "STIXGeneralBol": 1, "cmss10": 2, "cmtt10": 2}
+GLYPH_COUNT = dict(train=20_000, val=1_000, test=2_000)
+GLYPH_SEED = dict(train=101, val=102, test=103)  # fixed: the three sets are part of the task's definition
+MASTER = 64       # side of the picture that each (font, character) is drawn in once,
+MASTER_INK = 50   # and the side of the box in its middle that the character just fits into
+INK = 0.45        # a pixel is ink when this share of it is covered; lower thickens, higher breaks thin strokes
+
+
+def glyph_masters(glyphs):
+    """One grey picture for each font and character: (len(FONTS) * len(glyphs), 1, 64, 64), 1 = ink."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+    from PIL import Image, ImageDraw, ImageFont
+    masters, drawn = [], set()
+    for name, fatten in FONTS.items():
+        path = str(Path(matplotlib.get_data_path(), "fonts", "ttf", name + ".ttf"))
+        font = ImageFont.truetype(path, 128, layout_engine=ImageFont.Layout.BASIC)
+        has = FT2Font(path).get_charmap()
+        for char in glyphs:
+            if ord(char) not in has:
+                continue  # another font may have it
+            large = Image.new("L", (384, 384))
+            ImageDraw.Draw(large).text((128, 96), char, font=font, fill=255, stroke_width=fatten)
+            box = large.getbbox()
+            if box is None:
+                continue  # a space
+            ink = large.crop(box)
+            ratio = MASTER_INK / max(ink.size)
+            ink = ink.resize([max(1, round(side * ratio)) for side in ink.size], Image.Resampling.BOX)
+            picture = Image.new("L", (MASTER, MASTER))
+            picture.paste(ink, ((MASTER - ink.width) // 2, (MASTER - ink.height) // 2))
+            masters.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8))
+            drawn.add(char)
+    for char in glyphs:
+        if char not in drawn:
+            raise DataError(f"--glyphs: no bundled font draws {char!r}, leave it out")
+    return torch.stack(masters).view(-1, 1, MASTER, MASTER).float() / 255
+
+
+@functools.lru_cache(maxsize=2)  # a process that loads the task again does not draw it again
+def glyph_images(image_size, glyphs, jitter):
+    """{"train", "val", "test"}: uint8 (N, size, size) in {0, 1}: a random master, rotated, scaled, sheared
+    and shifted at random. At jitter 0 the held-out pictures are all training pictures too."""
+    check(8 <= image_size <= 64, "image_size", image_size, "between 8 and 64 for glyphs")
+    check(len(glyphs) > 0, "glyphs", repr(glyphs), "at least one character")
+    check(0 <= jitter <= 4, "jitter", jitter, "between 0 and 4")
+    masters = glyph_masters(glyphs)
+    fine = max(1, round(36 / image_size))  # each pixel is the mean of fine * fine points
+
+    def draw(n, generator):
+        u = jitter * (2 * torch.rand(6, n, generator=generator) - 1)  # six uniform numbers a picture
+        angle, shear = 0.18 * u[0], 0.15 * u[1]                       # 0.18 rad is 10 degrees
+        wide, high = torch.exp(0.12 * u[2]), torch.exp(0.10 * u[3])
+        shift = 0.12 * u[4:6]                                         # of half the side: 0.7 pixels at 12x12
+        # affine_grid wants the way back: where in the master (-1..1) a point of the picture comes from
+        cos, sin = angle.cos(), angle.sin()
+        theta = torch.stack([torch.stack([cos / wide, (sin + shear) / wide, shift[0]], -1),
+                             torch.stack([-sin / high, cos / high, shift[1]], -1)], 1)
+        which = torch.randint(len(masters), (n,), generator=generator)
+        grid = F.affine_grid(theta, (n, 1, image_size * fine, image_size * fine), align_corners=False)
+        covered = F.avg_pool2d(F.grid_sample(masters[which], grid, align_corners=False), fine)
+        return (covered[:, 0] >= INK).to(torch.uint8)
+
+    images = {}
+    for split, count in GLYPH_COUNT.items():
+        generator = torch.Generator().manual_seed(GLYPH_SEED[split])
+        images[split] = torch.cat([draw(500, generator) for _ in range(count // 500)])  # 500: little memory
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------
+# mnist
+
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+           "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST_FILES = {  # bytes and sha256 of the published files; only downloads are held to them
+    "train-images-idx3-ubyte.gz": (9_912_422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+    "t10k-images-idx3-ubyte.gz": (1_648_877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+}
+MNIST_VAL = 5_000                               # the last training images are the validation split
+STATIC_SEED = dict(train=2008, test=2009)       # of the one Bernoulli draw behind --binarize static
+
+
+def mnist_images(data_dir, image_size, levels, binarize):
+    """{"train", "val", "test"}: uint8 (N, size, size) with values 0..levels-1, 0 = paper."""
+    check(image_size in (14, 28), "image_size", image_size, "28 or 14 for mnist")
+    check(levels in (2, 256), "levels", levels, "2 or 256")
+    check(binarize in (None, "static", "threshold"), "binarize", binarize, "static or threshold")
+    check(levels == 2 or binarize is None, "binarize", binarize, "left out with --levels 256, which keeps the greys")
+    binarize = binarize or ("static" if image_size == 28 else "threshold")
+
+    paths = [find_file(data_dir, "mnist", name, MIRRORS, *known) for name, known in MNIST_FILES.items()]
+    split = {}
+    for key, path in zip(("train", "test"), paths):
+        grey = read_idx(path)
+        if image_size == 14:  # mean of 2x2 pixels, halves rounded up, so that the threshold below stays exact
+            grey = F.avg_pool2d(grey.float(), 2).add_(0.5).floor_().to(torch.uint8)
+        if levels == 2 and binarize == "threshold":
+            grey = (grey >= 128).to(torch.uint8)  # at least half of full scale
+        elif levels == 2:
+            # ink with probability grey/255, drawn once and for ever: r is uniform on 0..254
+            generator = torch.Generator().manual_seed(STATIC_SEED[key])
+            for images in grey.split(5_000):
+                r = torch.randint(255, images.shape, dtype=torch.uint8, generator=generator)
+                images.copy_(images > r)
+        split[key] = grey
+    if len(split["train"]) <= MNIST_VAL:
+        raise DataError(f"{paths[0]}: {len(split['train'])} images, too few: the last {MNIST_VAL} validate")
+    return dict(train=split["train"][:-MNIST_VAL], val=split["train"][-MNIST_VAL:], test=split["test"])
+
+
+def read_idx(path):
+    """An IDX file of 28x28 images, plain or gzipped. Header, big-endian: magic (0, 0, 8 = uint8, 3 = number
+    of dimensions), then the three dimensions."""
+    try:
+        with open(path, "rb") as f:
+            zipped = f.read(2) == b"\x1f\x8b"
+        with (gzip.open if zipped else open)(path, "rb") as f:
+            header = f.read(16)
+            if len(header) < 16 or header[:4] != b"\0\0\x08\x03":
+                raise ValueError("not an IDX file of images")
+            n, h, w = struct.unpack(">III", header[4:])
+            if (h, w) != (28, 28) or not 1 <= n <= 1_000_000:
+                raise ValueError(f"{n} images of {h}x{w} instead of 28x28")
+            body = f.read(n * h * w + 1)  # one more, to notice a longer file
+        if len(body) != n * h * w:
+            raise ValueError(f"{'more' if len(body) > n * h * w else 'fewer'} bytes than its {n} images need")
+    except (ValueError, OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: {one_line(e)}; put the MNIST file there, or delete it to have it downloaded")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(n, h, w)
