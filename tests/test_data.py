@@ -409,16 +409,6 @@ def test_noise_redraws_the_target_and_only_the_target():
     assert abs(likelihood + entropy) < 0.03  # the best predictor's loss on these targets is its own entropy
 
 
-def test_a_sequence_can_be_read_aloud():
-    """One line: the sequence, the needle, its place and the target."""
-    d = data.load("retrieval", length=6, symbols=3)
-    line = data.describe(d, torch.tensor([7, 0, 5, 1, 0, 6]), torch.tensor([-1, -1, -1, -1, -1, 1]))
-    assert line == "^a[c]ba?  needle 'c' at 2 of 6, target 'b'"
-    big = data.load("retrieval", length=300, symbols=40)
-    x, y = big.batch(1, rng())
-    assert "\n" not in data.describe(big, x[0], y[0]) and len(data.describe(big, x[0], y[0])) < 120
-
-
 # --- options ---------------------------------------------------------------------------------------------
 
 BAD = [
