@@ -42,6 +42,7 @@ OPTIONS = {
     "parity": dict(length=64),
     "permutation": dict(length=32, items=5),
 }
+SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation")
 
 
 @dataclass

@@ -28,17 +28,20 @@ COLUMNS = ("teacher", "one_step", "rollout")
 
 
 class Score:
-    """Sums of one column over batches: nats, correct answers, KL to the exact posterior."""
+    """Sums of one column over batches: nats, nats in the later half of the sequence, correct answers, KL to the exact
+    posterior."""
 
     def __init__(self, per_sequence: bool):
-        self.per_sequence, self.nats, self.right, self.excess = per_sequence, [], [], []
+        self.per_sequence, self.nats, self.late, self.right, self.excess = per_sequence, [], [], [], []
 
     def add(self, logits: Tensor, y: Tensor, clean: Tensor | None, posterior: Tensor | None) -> None:
         """logits (B, L, V) float, y and clean (B, L) with -1 = no target, posterior (B, L, V)."""
         logp = logits.float().log_softmax(-1)
         valid = y >= 0
         count = 1 if self.per_sequence else valid.sum(1).clamp(min=1)
-        self.nats.append(-(logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * valid).sum(1) / count)
+        each = -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * valid
+        self.nats.append(each.sum(1) / count)
+        self.late.append(each[:, y.shape[1] // 2:].mean(1))
         if clean is not None:
             self.right.append(((logp.argmax(-1) == clean) & valid).sum(1) / count)
         if posterior is not None:
@@ -104,11 +107,13 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
     out = dict(dataset=task.name, split=split, n=len(x_all), units=task.units)
     out |= {name: scores[name].mean("nats") for name in COLUMNS}
     main = "rollout" if rnn is not None else "teacher"
-    known = held["posterior"] is not None
+    known, text = held["posterior"] is not None, task.units == "nats/char"
     out |= dict(bayes=datasets.bayes(held), excess=scores[main].mean("excess"),
                 excess_all={k: scores[k].mean("excess") for k in COLUMNS} if known else None,
                 accuracy={k: scores[k].mean("right") for k in COLUMNS} if held["clean"] is not None else None,
-                bits_per_pixel=out[main] / (T * math.log(2)) if task.image else None)
+                bits_per_pixel=out[main] / (T * math.log(2)) if task.image else None,
+                bits_per_char=out[main] / math.log(2) if text else None,
+                late={k: scores[k].mean("late") for k in COLUMNS} if text else None)
     out |= dict(drift=None, drift_by_time=None, one_step_drift=None, kl=None, variance=None)
     if rows:
         spread = max(total_sq / rows - float((total / rows).square().sum()), 1e-12)  # one variance over all (sequence, t)
@@ -131,10 +136,11 @@ def table(r: dict) -> str:
     lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences", "",
              f"{'':16}{'teacher':>10}{'one step':>10}{'rollout':>10}",
              f"{r['units']:16}" + "".join(f"{show(r[k]):>10}" for k in COLUMNS) + f"   ± {show(r['stderr'])} (standard error)"]
-    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all")):
+    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), ("t >= T/2", "late")):
         if r[key]:
             lines.append(f"{name:16}" + "".join(f"{show(r[key][k]):>10}" for k in COLUMNS))
-    for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"), ("drift 1-R², rollout", "drift"),
+    for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"), ("bits per character", "bits_per_char"),
+                       ("drift 1-R², rollout", "drift"),
                        ("drift 1-R², one step", "one_step_drift"), ("KL of futures, rollout", "kl"),
                        ("variance of memory", "variance")):
         if r[key] is not None:

@@ -97,13 +97,11 @@ SIZES = {
 
 
 def preset_values(preset: str, dataset: str, own: dict) -> dict:
-    """Values of a preset; `own` are the script's: {preset: values, (preset, dataset): values}."""
-    out = SIZES[preset] | own.get(preset, {}) | own.get((preset, dataset), {})
-    if preset == "laptop" and dataset == "mnist":
-        out = {"image_size": 14} | out
-    if dataset == "retrieval":  # the paper: Tc = Tf = T for synthetic tasks
-        out = out | {"ctx_len": 0, "fut_len": 0}
-    return out
+    """Values of a preset; `own` are the script's: {preset: values, (preset, dataset or "synthetic"): values}."""
+    synthetic = {"ctx_len": 0, "fut_len": 0} | own.get((preset, "synthetic"), {})  # the paper: Tc = Tf = T for these
+    small = {"image_size": 14} if (preset, dataset) == ("laptop", "mnist") else {}
+    return SIZES[preset] | own.get(preset, {}) | (synthetic if dataset in datasets.SYNTHETIC else small) | \
+        own.get((preset, dataset), {})
 
 
 def fail(message: str):

@@ -214,9 +214,14 @@ class Decoder(nn.Module):
             when = t[:, None] + 1 + torch.arange(x_fut.shape[1], device=m.device)
             h = torch.cat([m, self.event(x_fut, when.clamp(max=self.c.T - 1))], dim=1)  # past the end: padding
         angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             h = block(h, angles, causal=True)
-        return self.head(norm(h[:, max(K - 1, 0):]))
+        # the last layer has no use for the outputs of the first K - 1 memory tokens
+        first, block = max(K - 1, 0), self.blocks[-1]
+        q, k, v = block.qkv(h, angles)
+        mask = torch.ones(h.shape[1] - first, h.shape[1], dtype=torch.bool, device=m.device).tril(first) if first else None
+        h = block.mix(h[:, first:], q[:, :, first:], k, v, mask, causal=not first)
+        return self.head(norm(h))
 
 
 class TransformerUpdater(nn.Module):

@@ -25,7 +25,7 @@ class Config(flags.Config):
 
 PRESETS = {
     ("laptop", "mnist"): dict(minutes=25.0),
-    ("laptop", "retrieval"): dict(minutes=10.0),
+    ("laptop", "synthetic"): dict(minutes=10.0),
     "gpu": dict(minutes=17.0),
     "paper": dict(steps=150_000, warmup=1500, decay=False),
 }

@@ -7,6 +7,7 @@ import torch
 from tiny import networks
 
 import data
+import images
 import evaluate
 from sample import generate
 
@@ -15,7 +16,7 @@ V, L = 2, 4  # all 16 sequences of four binary symbols, as "images" of 2 x 2
 
 def every_sequence() -> data.Data:
     pictures = torch.tensor(list(itertools.product(range(V), repeat=L)), dtype=torch.uint8).view(-1, 2, 2)
-    return data.image_data("all", dict(train=pictures, val=pictures, test=pictures), V)
+    return images.image_data("all", dict(train=pictures, val=pictures, test=pictures), V)
 
 
 def nets(**changes):

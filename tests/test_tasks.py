@@ -128,6 +128,18 @@ def test_batches_follow_their_generator_and_differ_from_what_is_held_out(name):
     assert torch.equal(d.held_out("test", 1200)["x"][:30], d.held_out("test", 30)["x"])
 
 
+OTHER = dict(length=9, symbols=5, noise=0.9, needle_range=3, reverse=False, depth=1, keys=3, key_len=3, examples=4, modulus=5, items=4)
+
+
+@pytest.mark.parametrize("name, option", [(name, option) for name in SMALL for option in data.OPTIONS[name]])
+def test_every_option_changes_the_task(name, option):
+    """None is accepted and then forgotten."""
+    def drawn(**options):
+        x, y = data.load(name, **options).batch(50, rng())
+        return x.tolist(), y.tolist()
+    assert drawn() != drawn(**{option: OTHER[option]})
+
+
 def test_a_larger_stack_and_longer_keys():
     """Depth and key length are what they say: a stack of one forgets nothing it could tell, keys of three differ."""
     d = data.load("stack", length=40, symbols=3, depth=1)
