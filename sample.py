@@ -4,8 +4,10 @@
     python sample.py --ckpt runs/dmt-mnist/ckpt.pt --n 64 --temperature 0.9
     python sample.py --ckpt runs/dmt-mnist/ckpt.pt --prefix # completes test images from a growing part (needs data)
 
-Images go to --out as one PNG; for retrieval, whose inputs are not its outputs, test sequences and the RNN's
-answers are printed.
+    python sample.py --ckpt runs/dmt-tinystories/ckpt.pt --prompt "Once upon a time" --chars 500
+
+Images go to --out as one PNG, text is printed. Synthetic tasks, whose inputs are not their outputs, print test sequences
+and the RNN's answers.
 """
 import argparse
 import contextlib
@@ -17,6 +19,7 @@ from torch import Tensor
 
 import data as datasets
 import flags
+import text
 import trainer
 from model import RNN, Decoder, Encoder, build, load_checkpoint
 
@@ -94,8 +97,9 @@ def draw_samples(out_dir: str, task: datasets.Data, rnn: RNN | None, encoder: En
         return
     gen = torch.Generator().manual_seed(0)
     if task.image is None:
-        with open(os.path.join(out_dir, "samples.txt"), "w") as f:
-            f.write(answers(task, rnn, 16))
+        told = stories(rnn, 3, task.T, gen) if task.name in datasets.TEXTS else answers(task, rnn, 16)
+        with open(os.path.join(out_dir, "samples.txt"), "w", encoding="utf-8") as f:
+            f.write(told)
         return
     page = grid(np.asarray(datasets.sequences_to_images(task, generate(rnn, n, task.T, gen))), 8)
     if encoder is not None:
@@ -103,6 +107,16 @@ def draw_samples(out_dir: str, task: datasets.Data, rnn: RNN | None, encoder: En
         left = grid(np.asarray(datasets.sequences_to_images(task, left)), 8)
         page = np.concatenate([left, np.full((len(page), 24), 255, np.uint8), page], axis=1)
     save_png(os.path.join(out_dir, "samples.png"), page)
+
+
+def stories(rnn: RNN, n: int, chars: int, gen: torch.Generator, temperature: float = 1.0, top_k: int = 0,
+            prompt: str = "") -> str:
+    """n texts of `chars` bytes that continue the prompt, one below the other."""
+    start = text.encode(prompt)
+    given = torch.zeros(n, len(start) + chars, dtype=torch.int64)
+    given[:, :len(start)] = torch.tensor(start)
+    out = generate(rnn, *given.shape, gen, temperature, top_k, given, torch.full((n,), len(start)))
+    return "".join(f"--- {i + 1}\n{text.decode(row)}\n" for i, row in enumerate(out))
 
 
 @torch.no_grad()
@@ -119,7 +133,9 @@ def main(argv=None) -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = flags.fail
     p.add_argument("--ckpt", default=DEFAULT_CKPT, help="checkpoint with an RNN (default: the one in results/glyphs)")
-    p.add_argument("--n", type=int, default=40, help="how many (default: %(default)s)")
+    p.add_argument("--n", type=int, default=0, help="how many; 0 = 40 images, 16 answers or 3 texts (default: %(default)s)")
+    p.add_argument("--prompt", default="", help="text to continue (default: none)")
+    p.add_argument("--chars", type=int, default=400, help="length of a text in bytes (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, help="0 = the most likely symbol (default: %(default)s)")
     p.add_argument("--top_k", type=int, default=0, help="choose among the k most likely symbols; 0 = all (default: %(default)s)")
     p.add_argument("--prefix", action="store_true", help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels "
@@ -129,26 +145,32 @@ def main(argv=None) -> None:
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
     a = p.parse_args(argv)
-    for name, low in (("n", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+    for name, low in (("n", 0), ("chars", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         flags.demand(name, getattr(a, name), low, 10 ** 18)
     ckpt = load_checkpoint(a.ckpt)
     if "rnn" not in ckpt:
         flags.fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
     device = flags.pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
-    image, T = ckpt["image"], rnn.c.T
-    if image is None:
-        if a.prefix:
-            flags.fail("--prefix completes images, and this checkpoint was trained on " + ckpt["config"]["dataset"])
-        print(answers(trainer.load_data(ckpt["config"], a.data_dir, device), rnn, a.n), end="")
-        return
+    image, T, name = ckpt["image"], rnn.c.T, ckpt["config"]["dataset"]
     gen = torch.Generator().manual_seed(a.seed)
+    if a.prefix and image is None:
+        flags.fail(f"--prefix completes images, and this checkpoint was trained on {name}")
+    if a.prompt and name not in datasets.TEXTS:
+        flags.fail(f"--prompt starts a text, and this checkpoint was trained on {name}")
+    if name in datasets.TEXTS:
+        print(stories(rnn, a.n or 3, a.chars, gen, a.temperature, a.top_k, a.prompt), end="")
+        return
+    if image is None:
+        print(answers(trainer.load_data(ckpt["config"], a.data_dir, device), rnn, a.n or 16), end="")
+        return
+    n = a.n or 40
     if a.prefix:  # one test image a row: 0, 1/8 .. 3/4 of it given, and at the right the image itself
-        known = torch.tensor([0, T // 8, T // 4, T // 2, 3 * T // 4, T]).repeat(a.n)
-        given = trainer.load_data(ckpt["config"], a.data_dir, "cpu").held_out("test", a.n)["y"].repeat_interleave(6, 0)
+        known = torch.tensor([0, T // 8, T // 4, T // 2, 3 * T // 4, T]).repeat(n)
+        given = trainer.load_data(ckpt["config"], a.data_dir, "cpu").held_out("test", n)["y"].repeat_interleave(6, 0)
         out, columns = generate(rnn, len(given), T, gen, a.temperature, a.top_k, given, known[:len(given)]), 6
     else:
-        out, columns = generate(rnn, a.n, T, gen, a.temperature, a.top_k), 8
+        out, columns = generate(rnn, n, T, gen, a.temperature, a.top_k), 8
     page = grid(out.view(-1, *image).numpy() / (rnn.c.n_out - 1), columns)
     try:
         save_png(a.out, page)

@@ -19,7 +19,7 @@ def test_objective_against_a_loop():
     encoder, decoder, rnn = networks()
     x, y = sequences()
     times = torch.tensor([[0, 1, 2], [7, 8, 9]])
-    got = losses(x, y, times, chain=0.0)
+    got = losses(x, y, times, chain=0.0, decode_own=0.0)
     nats, targets, square, count = 0.0, 0, 0.0, 0
     for run in times.tolist():
         for t in run:
@@ -62,6 +62,31 @@ def test_chained_pairs_do_not_pull_at_the_encoder():
         smt.objective(encoder, decoder, rnn, x, y, torch.tensor(times), cfg, torch.Generator())["dyn"].backward()
         grads.append(encoder.registers.grad * (len(times[0]) - 1))
     assert torch.allclose(*grads, atol=1e-5) and grads[0].abs().sum() > 0
+
+
+def test_decoder_reads_what_the_rnn_made():
+    """With decode_own = 1 the decoder predicts from the updater's outputs, except at a run's first time."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    got = losses(x, y, torch.tensor([[2, 3, 4, 5]]), chain=1.0, decode_own=1.0)
+    m, nats = encoder(x, torch.tensor([2]))[:, 0], 0.0
+    for t in (2, 3, 4, 5):
+        if t > 2:
+            m = rnn.update(m, x[:, t], torch.full((B,), t))
+        nats += cross_entropy(decoder(m, x[:, t + 1:t + 4], torch.full((B,), t)), y[:, t:t + 4])
+    assert torch.allclose(got["dec"], nats / 4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target, reaches", [(3, True), (5, False)])
+def test_the_decoders_gradient_crosses_one_update_at_most(target, reaches):
+    """L_dec at t teaches the updater that made m_t, and the encoder's memory before it if that was its input; no more."""
+    encoder, decoder, rnn = networks(fut_len=1)
+    x, y = sequences()
+    y = y.masked_fill(torch.arange(T) != target, -1)
+    cfg = smt.Config(chain=1.0, decode_own=1.0, lambda_dyn=0.0, lambda_unif=0.0)
+    smt.objective(encoder, decoder, rnn, x, y, torch.tensor([[2, 3, 4, 5]]), cfg, torch.Generator())["loss"].backward()
+    assert rnn.updater.blocks[0].w_qkv.weight.grad.abs().sum() > 0
+    assert (encoder.registers.grad.abs().sum() > 0) == reaches
 
 
 def test_uniformity():
