@@ -36,6 +36,10 @@ class DataError(Exception):
 OPTIONS = {
     "glyphs": dict(image_size=12, glyphs="0123456789", jitter=0.5),
     "mnist": dict(image_size=28, levels=2, binarize=None),  # binarize None: static at 28x28, threshold at 14x14
+    "tinystories": dict(length=256),
+    "shakespeare": dict(length=256),
+    "pydoc": dict(length=256),
+    "text": dict(length=256, data_file=""),
     "retrieval": dict(length=64, symbols=8, noise=0.0, needle_range=0),  # needle_range 0: the first quarter
     "copy": dict(length=33, symbols=8, noise=0.0, reverse=True),
     "stack": dict(length=64, symbols=4, depth=5),
@@ -75,6 +79,7 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
     is the same in every run, and training batches follow the generator that is handed to `batch`."""
     import images  # here, because these files import this one
     import tasks
+    import text
     if name not in OPTIONS:
         raise DataError(f"--dataset {name}: unknown, choose from {', '.join(OPTIONS)}")
     o = dict(OPTIONS[name])
@@ -94,6 +99,8 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
                                  "and shifted at random; black and white")
     if name == "mnist":
         return images.image_data(name, images.mnist_images(data_dir, **o), o["levels"], device, "handwritten digits, pixel by pixel")
+    if name in ("tinystories", "shakespeare", "pydoc", "text"):
+        return text.text_data(name, data_dir, device=device, **o)
     return getattr(tasks, name)(device=device, **o)
 
 
