@@ -36,6 +36,8 @@ class DataError(Exception):
 OPTIONS = {
     "glyphs": dict(image_size=12, glyphs="0123456789", jitter=0.5),
     "mnist": dict(image_size=28, levels=2, binarize=None),  # binarize None: static at 28x28, threshold at 14x14
+    "sketchy": dict(image_size=32),
+    "images": dict(image_size=32),  # any pictures below data_dir
     "tinystories": dict(length=256),
     "shakespeare": dict(length=256),
     "pydoc": dict(length=256),
@@ -99,6 +101,9 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
                                  "and shifted at random; black and white")
     if name == "mnist":
         return images.image_data(name, images.mnist_images(data_dir, **o), o["levels"], device, "handwritten digits, pixel by pixel")
+    if name in ("sketchy", "images"):
+        about = "drawings after photographs, the Sketchy Database" if name == "sketchy" else f"the pictures in {data_dir}"
+        return images.image_data(name, images.folder_images(name, data_dir, **o), 2, device, about + "; black and white")
     if name in ("tinystories", "shakespeare", "pydoc", "text"):
         return text.text_data(name, data_dir, device=device, **o)
     return getattr(tasks, name)(device=device, **o)
