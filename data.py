@@ -13,11 +13,13 @@ To add one: write a function that returns a `Data` (for pictures `images.image_d
 and one in `load`.
 """
 import argparse
+import contextlib
 import hashlib
 import http.client
 import os
 import sys
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -34,6 +36,12 @@ class DataError(Exception):
 OPTIONS = {
     "glyphs": dict(image_size=12, glyphs="0123456789", jitter=0.5),
     "mnist": dict(image_size=28, levels=2, binarize=None),  # binarize None: static at 28x28, threshold at 14x14
+    "sketchy": dict(image_size=32),
+    "images": dict(image_size=32),  # any pictures below data_dir
+    "tinystories": dict(length=256),
+    "shakespeare": dict(length=256),
+    "pydoc": dict(length=256),
+    "text": dict(length=256, data_file=""),
     "retrieval": dict(length=64, symbols=8, noise=0.0, needle_range=0),  # needle_range 0: the first quarter
     "copy": dict(length=33, symbols=8, noise=0.0, reverse=True),
     "stack": dict(length=64, symbols=4, depth=5),
@@ -74,6 +82,7 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
     is the same in every run, and training batches follow the generator that is handed to `batch`."""
     import images  # here, because these files import this one
     import tasks
+    import text
     if name not in OPTIONS:
         raise DataError(f"--dataset {name}: unknown, choose from {', '.join(OPTIONS)}")
     o = dict(OPTIONS[name])
@@ -93,6 +102,11 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
                                  "and shifted at random; black and white")
     if name == "mnist":
         return images.image_data(name, images.mnist_images(data_dir, **o), o["levels"], device, "handwritten digits, pixel by pixel")
+    if name in ("sketchy", "images"):
+        about = "drawings after photographs, the Sketchy Database" if name == "sketchy" else f"the pictures in {data_dir}"
+        return images.image_data(name, images.folder_images(name, data_dir, **o), 2, device, about + "; black and white")
+    if name in ("tinystories", "shakespeare", "pydoc", "text"):
+        return text.text_data(name, data_dir, device=device, **o)
     return getattr(tasks, name)(device=device, **o)
 
 
@@ -118,52 +132,87 @@ def sequences_to_images(data, y):
 # ---------------------------------------------------------------------------------------------------------
 # files: looked for in data_dir, otherwise downloaded once
 
-TIMEOUT = 30  # seconds without a byte before the next mirror is tried
+TIMEOUT = 30             # seconds without a byte before the next mirror is tried
+CACHE = "~/.cache/smt"   # what was made of files whose own folder is not for writing
+BAD_CONTENT = OSError, ValueError, EOFError, zlib.error  # what reading a broken file raises
 
 
-def find_file(data_dir, folder, name, mirrors, size=None, sha256=None):
-    """`name` in data_dir or data_dir/folder, zipped or not; otherwise downloaded to data_dir/folder from the first
-    mirror that delivers it. size (bytes) and sha256 are held against downloads only. Raises DataError."""
-    for place in (Path(data_dir), Path(data_dir, folder)):
+def local_file(places, name):
+    """The first of `places` that has `name`, zipped or not; None if none has."""
+    for place in places:
         for path in (place / name, place / name.removesuffix(".gz"), place / (name + ".gz")):
             if os.path.isfile(path):
                 return path
+
+
+def find_file(data_dir, folder, name, mirrors, size=None, sha256=None, inspect=None):
+    """`name` in data_dir or data_dir/folder, zipped or not; otherwise downloaded to data_dir/folder from the first
+    mirror that delivers it. size (bytes), sha256 and inspect(path), which raises BAD_CONTENT, are held against
+    downloads only. Raises DataError."""
+    if path := local_file((Path(data_dir), Path(data_dir, folder)), name):
+        return path
     path = Path(data_dir, folder, name)
     failures = []
     for mirror in mirrors:
         try:
-            download(mirror + name, path, size, sha256)
+            download(mirror + name, path, size, sha256, inspect)
             return path
-        except (OSError, http.client.HTTPException) as e:  # URLError and timeouts are OSErrors
+        except (*BAD_CONTENT, http.client.HTTPException) as e:  # URLError and timeouts are OSErrors
             failures.append(f"{mirror + name} ({one_line(e)})")
     raise DataError(f"{path}: missing, and could not be downloaded from {', '.join(failures)}; "
                     f"fetch it by hand and put it there, or name its folder with --data_dir")
 
 
-def download(url, path, size, sha256):
-    """To a temporary name beside `path`, checked, then renamed: `path` is whole or absent. Without a known size the
-    server's word for it is taken, without a known sha256 none is checked. Raises OSError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def download(url, path, size=None, sha256=None, inspect=None):
+    """`path` is whole or absent. Without a known size the server's word for it is taken, without a known sha256 none is
+    checked. Raises BAD_CONTENT."""
     digest, got = hashlib.sha256(), 0
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        if size is None and not (size := int(response.headers.get("Content-Length") or 0)):
+            raise OSError("the server does not say how long the file is")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as f, tqdm(total=size, desc=path.name, unit="B", unit_scale=True,
+                                            disable=not sys.stderr.isatty()) as bar:
+            while got <= size and (block := response.read(1 << 16)):
+                f.write(block)
+                digest.update(block)
+                got += len(block)
+                bar.update(len(block))
+            if got != size:
+                raise OSError(f"{got} bytes came instead of {size}")
+            if sha256 and digest.hexdigest() != sha256:
+                raise OSError("wrong sha256")
+            f.flush()
+            if inspect:
+                inspect(f.name)
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A file to write under a temporary name beside `path`; becomes `path` at the end, or vanishes if anything fails,
+    Ctrl-C included."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            if size is None and not (size := int(response.headers.get("Content-Length") or 0)):
-                raise OSError("the server does not say how long the file is")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as f, tqdm(total=size, desc=path.name, unit="B", unit_scale=True,
-                                             disable=not sys.stderr.isatty()) as bar:
-                while got <= size and (block := response.read(1 << 16)):
-                    f.write(block)
-                    digest.update(block)
-                    got += len(block)
-                    bar.update(len(block))
-        if got != size:
-            raise OSError(f"{got} bytes came instead of {size}")
-        if sha256 and digest.hexdigest() != sha256:
-            raise OSError("wrong sha256")
+        with open(part, "wb") as f:
+            yield f
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # after a failure, Ctrl-C included; after success it is already gone
+        part.unlink(missing_ok=True)
+
+
+def cache_path(source, suffix, *facts):
+    """Where to keep what is made of a file or folder: with it, or in CACHE if its folder is not for writing (a folder
+    without a w bit is not, even for root). The name depends on the source's path and the facts."""
+    source = Path(os.path.abspath(source))
+    name = f"{source.name}.{hashlib.sha256(repr((str(source), *facts)).encode(errors='replace')).hexdigest()[:12]}{suffix}"
+    folder = source if source.is_dir() else source.parent
+    if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
+        return folder / name
+    path = Path(CACHE).expanduser() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        print(f"{folder} is not for writing; keeping a packed copy in {path}", file=sys.stderr)
+    return path
 
 
 def one_line(e):

@@ -38,6 +38,7 @@ class Config:
     glyphs: str = flag(None, "the characters", "task")
     jitter: float = flag(None, "strength of the random affine maps", "task")
     length: int = flag(None, "sequence length T, BOS included", "task")
+    data_file: str = flag(None, "the text to learn, any UTF-8 file, plain or gzipped", "task")
     symbols: int = flag(None, "number of symbols", "task")
     noise: float = flag(None, "probability that a target is redrawn", "task")
     needle_range: int = flag(None, "last position of the needle; 0 = the end of the first quarter", "task")

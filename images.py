@@ -1,4 +1,5 @@
-"""Pictures as sequences of pixels in raster order: `glyphs` (embedded), `mnist`, and any dict of pictures.
+"""Pictures as sequences of pixels in raster order: `glyphs` (embedded), `mnist`, `sketchy`, `images` (any folder), and
+any dict of pictures.
 
     t    0     1     2     3     4     5            (a 2x3 image)
     x_t  BOS   s_0   s_1   s_2   s_3   s_4          the last pixel s_5 is never an input
@@ -6,15 +7,19 @@
 """
 import functools
 import gzip
+import hashlib
 import os
 import struct
-import zlib
+import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from data import Data, DataError, check, find_file, one_line
+from data import BAD_CONTENT, Data, DataError, cache_path, check, find_file, one_line, written_whole
 
 # ---------------------------------------------------------------------------------------------------------
 # any pictures
@@ -175,6 +180,110 @@ def read_idx(path):
             body = f.read(n * h * w + 1)  # one more, to notice a longer file
         if len(body) != n * h * w:
             raise ValueError(f"{'more' if len(body) > n * h * w else 'fewer'} bytes than its {n} images need")
-    except (ValueError, OSError, EOFError, zlib.error) as e:
+    except BAD_CONTENT as e:
         raise DataError(f"{path}: {one_line(e)}; put the MNIST file there, or delete it to have it downloaded")
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(n, h, w)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sketchy and images: folders of pictures
+
+KINDS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
+STROKE = 0.25                # a pixel is ink when this share of it is black; thin strokes survive
+LARGEST = 20_000_000         # pixels of a picture
+SHARE = dict(val=5, test=10) # per cent of the groups; the rest trains
+SKETCHY = ("sketchy", "256x256/sketch/tx_000000000000", "sketch/png", "sketchy/256x256/sketch/tx_000000000000", "")
+
+
+def folder_images(name, data_dir, image_size):
+    """{"train", "val", "test"}: uint8 (N, size, size), 1 = ink. All sketches of one photo are in the same split."""
+    check(8 <= image_size <= 128, "image_size", image_size, f"between 8 and 128 for {name}")
+    folder, paths = sketchy_files(data_dir) if name == "sketchy" else picture_files(data_dir)
+    stats = [path.stat() for path in paths if path.is_file()]
+    cache = cache_path(folder, ".npz", name, image_size, [str(path) for path in paths],
+                       max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats))
+    packed = read_cache(cache, image_size)
+    if packed is None:
+        packed = pack_pictures(folder, paths, image_size, by_photo=name == "sketchy")
+        with written_whole(cache) as f:
+            np.savez(f, bits=packed[0], split=packed[1])
+    bits, split = packed
+    images = {}
+    for i, key in enumerate(("train", "val", "test")):
+        pixels = np.unpackbits(bits[split == i], axis=1, count=image_size ** 2)
+        images[key] = torch.from_numpy(pixels).view(-1, image_size, image_size)
+        if len(pixels) == 0:
+            raise DataError(f"{folder}: {len(bits)} pictures are too few, none fell into the {key} split; add more")
+    return images
+
+
+def picture_files(data_dir):
+    if not os.path.isdir(data_dir):
+        raise DataError(f"--data_dir {data_dir}: no such folder")
+    paths = sorted(path for path in Path(data_dir).rglob("*") if path.suffix.lower() in KINDS)
+    if not paths:
+        raise DataError(f"--data_dir {data_dir}: no picture in it ({', '.join(KINDS)})")
+    return Path(data_dir), paths
+
+
+def sketchy_files(data_dir):
+    for folder in (Path(data_dir, sub) for sub in SKETCHY):
+        if paths := sorted(folder.glob("*/*.png")):
+            return folder, paths
+    raise DataError(f"{Path(data_dir, SKETCHY[0])}: missing; get the archive of the Sketchy Database from "
+                    "http://sketchy.eye.gatech.edu and unpack it there, or name its folder with --data_dir")
+
+
+def pack_pictures(folder, paths, size, by_photo):
+    """(bits (N, bytes), split (N,) with 0, 1, 2 = train, val, test) of the pictures that can be read."""
+    bits, split, skipped = [], [], []
+    for path in tqdm(paths, desc=f"reading {folder.name}", unit="image", disable=not sys.stderr.isatty()):
+        try:
+            bits.append(np.packbits(read_ink(path, size)))
+        except Exception:  # a broken picture raises a dozen types in Pillow
+            skipped.append(str(path.relative_to(folder)))
+            continue
+        group = path.relative_to(folder)
+        if by_photo:  # class/photo-3.png is the third sketch of class/photo
+            group = group.parent / (path.stem.rpartition("-")[0] or path.stem)
+        u = int(hashlib.sha1(os.fsencode(group.as_posix())).hexdigest()[:8], 16) % 100
+        split.append(1 if u < SHARE["val"] else 2 if u < SHARE["val"] + SHARE["test"] else 0)
+    if skipped:
+        print(f"{folder}: skipped {len(skipped)} of {len(paths)}, which cannot be read as pictures: "
+              + ", ".join(skipped[:3]) + (" .." if len(skipped) > 3 else ""), file=sys.stderr)
+    if not bits:
+        raise DataError(f"{folder}: none of the {len(paths)} pictures can be read")
+    return np.stack(bits), np.array(split, np.uint8)
+
+
+def read_ink(path, size):
+    """A picture as uint8 (size, size), 1 = ink; shrunk to fit, on white. Raises whatever Pillow raises."""
+    from PIL import Image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's about large pictures, which are refused here
+        with Image.open(path) as picture:
+            if picture.width * picture.height > LARGEST:
+                raise ValueError("too large")
+            if picture.mode.startswith("I"):  # 16 bits
+                grey = Image.fromarray(np.asarray(picture, np.float32) / 257)
+            else:
+                colour = picture.convert("RGBA")
+                grey = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("L")
+    ink = Image.fromarray(255 - np.asarray(grey, np.float32))
+    shrink = size / max(ink.size)
+    ink = ink.resize([max(1, round(side * shrink)) for side in ink.size], Image.Resampling.BOX)
+    page = Image.new("F", (size, size))
+    page.paste(ink, ((size - ink.width) // 2, (size - ink.height) // 2))
+    return (np.asarray(page) >= 255 * STROKE - 1e-3).astype(np.uint8)  # a quarter is ink in spite of rounding
+
+
+def read_cache(path, size):
+    """(bits, split) as pack_pictures made them; None if the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            bits, split = z["bits"], z["split"]
+    except Exception:  # not there, cut, not a zip, another array: numpy and zipfile raise half a dozen types
+        return None
+    fits = bits.dtype == split.dtype == np.uint8 and split.ndim == 1 and len(split) > 0 and split.max() <= 2 \
+        and bits.shape == (len(split), -(-size * size // 8))
+    return (bits, split) if fits else None
