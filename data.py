@@ -50,6 +50,7 @@ OPTIONS = {
     "parity": dict(length=64),
     "permutation": dict(length=32, items=5),
 }
+TEXTS = ("tinystories", "shakespeare", "pydoc", "text")
 SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation")
 
 
@@ -105,7 +106,7 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
     if name in ("sketchy", "images"):
         about = "drawings after photographs, the Sketchy Database" if name == "sketchy" else f"the pictures in {data_dir}"
         return images.image_data(name, images.folder_images(name, data_dir, **o), 2, device, about + "; black and white")
-    if name in ("tinystories", "shakespeare", "pydoc", "text"):
+    if name in TEXTS:
         return text.text_data(name, data_dir, device=device, **o)
     return getattr(tasks, name)(device=device, **o)
 

@@ -93,6 +93,7 @@ def load_bytes(name, data_dir, data_file=""):
     if name == "tinystories":
         train, test = [mapped(path, pack(path, separated=True)) for path in story_files(data_dir)]
         cut = len(train) * 95 // 100
+        cut += int((train[cut:cut + LONGEST] == BOUNDARY).argmax()) + 1  # no story lies on both sides
         return Path(data_dir, name), dict(train=train[:cut], val=train[cut:], test=test)
     if name == "pydoc":
         try:

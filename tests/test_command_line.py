@@ -144,7 +144,7 @@ BAD = [  # command, what its one line must mention
     ("evaluate.py --ckpt runs/smt/ckpt.pt --device toaster", "--device"),
     ("sample.py --ckpt nowhere.pt", "nowhere.pt"),
     ("sample.py --ckpt runs/transformer/ckpt.pt", "runs/transformer/ckpt.pt"),
-    ("sample.py --ckpt runs/smt/ckpt.pt --n 0", "--n"),
+    ("sample.py --ckpt runs/smt/ckpt.pt --n -1", "--n"),
     ("sample.py --ckpt runs/smt/ckpt.pt --temperature -1", "--temperature"),
     ("sample.py --ckpt runs/smt/ckpt.pt --temperature nan", "--temperature"),
     ("sample.py --ckpt runs/smt/ckpt.pt --top_k -1", "--top_k"),
