@@ -5,6 +5,8 @@ what has to be packed is packed once, whole or not at all, and a file that is no
 import gzip
 import hashlib
 import http.server
+import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -393,3 +395,27 @@ def test_the_real_tinystories(tmp_path):
     assert y.shape == (64, 256) and 0 < (y == 255).float().mean() < 0.01
     letters = ((y >= 97) & (y <= 122)).float().mean()
     assert 0.7 < letters < 0.9
+
+
+# --- from the bytes to a story -----------------------------------------------------------------------------
+
+def test_an_rnn_continues_a_prompt(tmp_path, command):
+    """Two texts, each the prompt and as many bytes as asked for; the same seed writes the same, another seed does not."""
+    code, _, err = command("smt.py --dataset pydoc --length 24 {SIZES} {RUN} --n_val 2 --out_dir {out}", out=tmp_path)
+    assert code == 0, err
+    written = [command("sample.py --ckpt {out}/ckpt.pt --n 2 --chars 30 --seed {seed} --prompt 'The déjà vu'", out=tmp_path, seed=seed)
+               for seed in (0, 0, 1)]
+    assert all(code == 0 for code, _, _ in written) and written[0] == written[1] != written[2]
+    assert written[0][1].count("The déjà vu") == 2
+    assert (tmp_path / "samples.txt").read_text().startswith("--- 1\n")
+    code, out, _ = command("evaluate.py --ckpt {out}/ckpt.pt --n_test 3 --json", out=tmp_path)
+    result = json.loads(out)
+    assert code == 0 and result["units"] == "nats/char" and result["n"] == 3
+    assert result["bits_per_char"] == pytest.approx(result["rollout"] / math.log(2))
+    assert result["rollout"] > 5 and result["late"]["rollout"] > 5  # untrained: log 256 is 5.5
+
+
+def test_a_prompt_wants_a_text(tiny_smt, command):
+    """A checkpoint of another task refuses a prompt in one line."""
+    code, out, err = command("sample.py --ckpt {ckpt} --prompt hello", ckpt=tiny_smt)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "--prompt" in err
