@@ -444,3 +444,31 @@ def test_none_means_not_given():
     """A command line can pass every flag of every dataset and leave None where the user said nothing."""
     d = data.load("retrieval", length=9, noise=None, image_size=None)
     assert d.T == 9 and torch.equal(d.held_out("val", 4)["x"], data.load("retrieval", length=9).held_out("val", 4)["x"])
+
+
+# --- python data.py DATASET --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [n for n, o in data.OPTIONS.items() if n in data.SYNTHETIC] + ["pydoc"])
+def test_look_before_you_train(name, command):
+    """What the task is, its sizes, its floor and as many examples as asked for."""
+    code, out, err = command(f"data.py {name} --n 3")
+    lines = out.rstrip("\n").split("\n")
+    assert code == 0 and err == "" and len(lines) == 6 and lines[0].startswith(f"{name}: ")
+    assert f"T = {data.load(name).T}, " in lines[1]
+    assert ("nobody knows" in lines[2]) == (name == "pydoc")
+
+
+def test_look_at_pictures(command, tmp_path):
+    """A picture dataset goes to a file."""
+    code, out, _ = command(f"data.py glyphs --glyphs AB --n 5 --out {tmp_path}/seen.png")
+    assert code == 0 and "5 training examples" in out and (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("line, word", [("data.py", "dataset"), ("data.py cifar", "cifar"), ("data.py stack --keys 3", "--keys"),
+                                        ("data.py stack --depth 0", "--depth"), ("data.py stack --n -1", "--n"),
+                                        ("data.py text", "--data_file"), ("data.py text --data_file nowhere.txt", "nowhere.txt"),
+                                        ("data.py glyphs --out nowhere/seen.png", "nowhere/seen.png")])
+def test_a_look_at_nothing_is_one_line(command, line, word):
+    """Mistakes are one line that names the flag or file, exit code 2."""
+    code, out, err = command(line)
+    assert code == 2 and err.count("\n") == 1 and word in err and "Traceback" not in err
