@@ -26,7 +26,7 @@ from sample import draw_samples
 @dataclass
 class Config(flags.Config):
     ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
-    lambda_kl: float = flag(1.0, "weight of the prediction-space loss: KL of the decoder's futures")
+    lambda_kl: float = flag(10.0, "weight of the prediction-space loss: KL of the decoder's futures")
     lambda_mse: float = flag(1.0, "weight of Eq. 6, divided by the variance of the encoder's memories")
     tube: float = flag(0.5, "put the RNN back on the encoder's memory when it is further off than this part of the variance; "
                        "0 = never")
@@ -37,7 +37,7 @@ class Config(flags.Config):
 
 
 PRESETS = {
-    "laptop": dict(lr=5e-4, warmup=100),
+    "laptop": dict(lr=3e-4, warmup=100),
     ("laptop", "mnist"): dict(minutes=10.0),
     ("laptop", "synthetic"): dict(minutes=4.0, pairs=128),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, minutes=5.0),

@@ -205,7 +205,7 @@ def check(cfg) -> None:
     """Refuse values no run can mean. Raises UsageError naming the flag."""
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size n_val log_every pairs runs "
                           "micro".split(), 1) | dict(run_len=2)
-    most = dict(threads=MOST_THREADS, chain=1, ema=1)
+    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1)
     for name, value in vars(cfg).items():
         if type(value) in (int, float):
             demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))

@@ -30,7 +30,7 @@ class Config(flags.Config):
     runs: int = flag(2, "runs of consecutive times in each sequence")
     run_len: int = flag(8, "times in a run; each run holds run_len - 1 transitions")
     chain: float = flag(0.9, "probability that a transition starts from the RNN's own memory; 0 = the paper's Eq. 3")
-    decode_own: float = flag(0.0, "probability that the decoder reads the RNN's memory instead of the encoder's")
+    decode_own: float = flag(0.5, "probability that the decoder reads what the RNN made of m_t instead of m_t; 0 = the paper's Eq. 2")
     micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
 
 
@@ -38,7 +38,7 @@ PRESETS = {
     ("laptop", "mnist"): dict(minutes=15.0),
     ("laptop", "synthetic"): dict(minutes=6.0, runs=1),  # a decoder pass over a whole future is long
     "gpu": dict(minutes=12.0),
-    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, steps=150_000, warmup=1500, decay=False, runs=1, run_len=2, micro=4),
+    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, decode_own=0.0, steps=150_000, warmup=1500, decay=False, runs=1, run_len=2, micro=4),
     # as in the paper, synthetic tasks train many memories of each sequence
     ("paper", "synthetic"): dict(lambda_dyn=0.1, lambda_unif=0.001, runs=8, micro=1),
 }
@@ -75,24 +75,22 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
     run = m.unflatten(1, times.shape)                                           # (B, runs, run_len, K, d)
     if cfg.detach_rnn:
         run = run.detach()
-    before, own, errors, guesses = run[:, :, 0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev), [], [run[:, :, 0]]
+    coins = lambda p, *shape: (torch.rand(*shape, 1, 1, generator=gen) < p).to(dev)
+    before, own, made, errors = run[:, :, 0], coins(0, B, len(times)), [m.unflatten(1, times.shape)[:, :, 0]], []
     for i in range(1, times.shape[1]):
         now = times[:, i].to(dev)                                               # (runs,)
-        guess = rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B)).view_as(before)
+        made.append(rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B)).view_as(before))
         target = torch.where(own, run[:, :, i].detach(), run[:, :, i])
-        errors.append((guess.float() - target.float()).square().mean())
-        guesses.append(guess)
-        own = (torch.rand(B, len(times), 1, 1, generator=gen) < cfg.chain).to(dev)
-        before = torch.where(own, guess.detach(), run[:, :, i])
+        errors.append((made[i].float() - target.float()).square().mean())
+        own = coins(cfg.chain, B, len(times))
+        before = torch.where(own, made[i].detach(), run[:, :, i])
     dyn = torch.stack(errors).mean()
 
-    # L_dec, Eq. 2: m_t predicts the future, and is all the decoder sees of the past
+    # L_dec, Eq. 2: the memory predicts the future, and is all the decoder sees of the past. With probability
+    # `decode_own` it is the memory that the RNN has just made: its errors matter as far as they spoil predictions.
     x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)                       # (B, n, Tf - 1), (B, n, Tf)
-    seen = m
-    if cfg.decode_own:
-        mine = (torch.rand(B, n, 1, 1, generator=gen) < cfg.decode_own).to(dev)
-        seen = torch.where(mine, torch.stack(guesses, 2).flatten(1, 2), m)
-    logits = decoder(seen.flatten(0, 1), x_fut.flatten(0, 1), flat.to(dev).repeat(B))
+    read = torch.where(coins(cfg.decode_own, B, n), torch.stack(made, 2).flatten(1, 2), m)
+    logits = decoder(read.flatten(0, 1), x_fut.flatten(0, 1), flat.to(dev).repeat(B))
     dec = cross_entropy(logits, y_fut.flatten(0, 1))
 
     unif = uniformity(m, gen)                                                   # Eq. 4
