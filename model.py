@@ -240,7 +240,38 @@ class TransformerUpdater(nn.Module):
         return h[:, :-1]
 
 
-UPDATERS = {"transformer": TransformerUpdater}  # further backbones: (c) -> module, forward(m, x, t) -> (N, K, d)
+class MLPUpdater(nn.Module):
+    """f_theta on the memory flattened to one vector: residual blocks that also read the event."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.event = Event(c)
+        size = c.mem_tokens * c.d_model
+        self.w_up = nn.ModuleList(nn.Linear(size + c.d_model, 2 * size, bias=False) for _ in range(c.rnn_layers))
+        self.w_down = nn.ModuleList(nn.Linear(2 * size, size, bias=False) for _ in range(c.rnn_layers))
+        for w in self.w_down:
+            nn.init.normal_(w.weight, std=(2 * size * 2 * c.rnn_layers) ** -0.5)
+
+    def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        h, event = m.flatten(1), self.event(x, t)                              # (N, K d), (N, d)
+        for up, down in zip(self.w_up, self.w_down):
+            h = h + down(F.gelu(up(torch.cat([norm(h), event], dim=1))))
+        return h.view_as(m)
+
+
+class GRUUpdater(nn.Module):
+    """f_theta as one GRU cell on the memory flattened to one vector; `rnn_layers` has no meaning here."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.event = Event(c)
+        self.cell = nn.GRUCell(c.d_model, c.mem_tokens * c.d_model)
+
+    def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.cell(self.event(x, t), m.flatten(1)).view_as(m)
+
+
+UPDATERS = {"transformer": TransformerUpdater, "mlp": MLPUpdater, "gru": GRUUpdater}
 
 
 class RNN(nn.Module):
