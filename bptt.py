@@ -27,6 +27,8 @@ class Config(flags.Config):
 PRESETS = {
     "laptop": dict(lr=1e-3, log_every=10, eval_every=100, ckpt_every=100),  # a step is long
     ("laptop", "mnist"): dict(minutes=25.0),
+    ("laptop", "text"): dict(minutes=18.0),
+    ("laptop", "sketchy"): dict(minutes=15.0, batch_size=12, n_val=40),
     ("laptop", "synthetic"): dict(minutes=10.0),
     "gpu": dict(minutes=17.0, lr=3e-4),
     "paper": dict(steps=150_000, warmup=1500, decay=False),

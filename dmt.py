@@ -39,6 +39,8 @@ class Config(flags.Config):
 PRESETS = {
     "laptop": dict(lr=3e-4, warmup=100),
     ("laptop", "mnist"): dict(minutes=10.0),
+    ("laptop", "text"): dict(minutes=6.0),
+    ("laptop", "sketchy"): dict(minutes=5.0, batch_size=12, n_val=40),
     ("laptop", "synthetic"): dict(minutes=4.0, pairs=128),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, minutes=5.0),
     "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, tube=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),

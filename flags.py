@@ -98,11 +98,14 @@ SIZES = {
 
 
 def preset_values(preset: str, dataset: str, own: dict) -> dict:
-    """Values of a preset; `own` are the script's: {preset: values, (preset, dataset or "synthetic"): values}."""
-    synthetic = {"ctx_len": 0, "fut_len": 0} | own.get((preset, "synthetic"), {})  # the paper: Tc = Tf = T for these
-    small = {"image_size": 14} if (preset, dataset) == ("laptop", "mnist") else {}
-    return SIZES[preset] | own.get(preset, {}) | (synthetic if dataset in datasets.SYNTHETIC else small) | \
-        own.get((preset, dataset), {})
+    """Values of a preset; `own` are the script's: {preset: values, (preset, "synthetic", "text" or dataset): values}."""
+    kind = "synthetic" if dataset in datasets.SYNTHETIC else "text" if dataset in datasets.TEXTS else dataset
+    out = SIZES[preset] | own.get(preset, {})
+    if kind == "synthetic":  # the paper: Tc = Tf = T for these
+        out |= dict(ctx_len=0, fut_len=0)
+    elif preset == "laptop":
+        out |= dict(image_size=14) if kind == "mnist" else dict(length=128) if kind == "text" else {}
+    return out | own.get((preset, kind), {})
 
 
 def fail(message: str):

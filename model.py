@@ -163,17 +163,21 @@ class Encoder(nn.Module):
             h = block(h, angles)
         return norm(h[:, t + 1 - start:])
 
-    def encode_tokens(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of x (B, L) under causal attention, per layer: 2 x (B, H, L, hd)."""
-        when = torch.arange(x.shape[1], device=x.device)
-        h, past = self.event(x, when), []
+    def encode_tokens(self, x: Tensor, past: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of x (B, L) under causal attention, per layer: 2 x (B, H, L, hd). With the `past` of the
+        tokens before, x is the one next token (B, 1), and the result is the longer past."""
+        start = past[0][0].shape[2] if past else 0
+        when = torch.arange(start, start + x.shape[1], device=x.device)
+        h, out = self.event(x, when), []
         angles = rope(when, self.blocks[0].hd)
         for i, block in enumerate(self.blocks):
             q, k, v = block.qkv(h, angles)
-            past.append((k, v))
+            if past:
+                k, v = torch.cat([past[i][0], k], 2), torch.cat([past[i][1], v], 2)
+            out.append((k, v))
             if i + 1 < len(self.blocks):  # nobody reads the tokens' outputs of the last layer
-                h = block.mix(h, q, k, v, causal=True)
-        return past
+                h = block.mix(h, q, k, v, causal=not past)
+        return out
 
     def encode_groups(self, past: list[tuple[Tensor, Tensor]], times: Tensor) -> Tensor:
         """Register groups at `times` (n,) on the CPU, reading the tokens' `past` -> (B, n, K, d)."""

@@ -57,12 +57,18 @@ def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float 
 
 @torch.no_grad()
 def generate_teacher(encoder: Encoder, decoder: Decoder, n: int, T: int, gen: torch.Generator) -> Tensor:
-    """n sequences from encoder and decoder, which reads its whole past again for every symbol: (n, T) int64."""
+    """n sequences from encoder and decoder: (n, T) int64 on the CPU. The causal encoder keeps keys and values of what it
+    has read; the bidirectional one reads its window again for every symbol."""
     device = encoder.registers.device
-    x = torch.full((n, 1), encoder.c.vocab - 1, device=device)  # BOS
+    x, past = torch.full((n, 1), encoder.c.vocab - 1, device=device), None  # BOS
     for t in range(T):
         with trainer.autocast(str(device)):
-            logits = decoder(encoder(x, torch.tensor([t]))[:, 0])[:, 0]
+            if encoder.c.encoder == "causal":
+                past = encoder.encode_tokens(x[:, t:], past)
+                m = encoder.encode_groups(past, torch.tensor([t]))
+            else:
+                m = encoder(x, torch.tensor([t]))
+            logits = decoder(m[:, 0])[:, 0]
         x = torch.cat([x, pick(logits, 1.0, 0, gen)[:, None].to(device)], dim=1)
     return x[:, 1:].cpu()
 

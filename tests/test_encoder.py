@@ -87,3 +87,17 @@ def test_attention_follows_positions_only_relatively():
     a, b = (block(h, rope(torch.arange(7) + shift, 4), causal=True) for shift in (0, 23))
     c = block(h, rope(torch.arange(7) * 2, 4), causal=True)
     assert torch.allclose(a, b, atol=1e-4) and not torch.allclose(a, c, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "causal"])
+def test_the_teacher_draws_from_what_it_predicts(kind, monkeypatch):
+    """Token by token, with keys and values kept, the teacher's logits are those of a fresh pass over the whole past."""
+    import sample
+    encoder, decoder, _ = networks(encoder=kind)
+    seen, choose = [], sample.pick
+    monkeypatch.setattr(sample, "pick", lambda logits, *a: seen.append(logits) or choose(logits, *a))
+    out = sample.generate_teacher(encoder, decoder, 4, T, torch.Generator().manual_seed(0))
+    x = torch.cat([torch.full((4, 1), encoder.c.vocab - 1), out[:, :-1]], dim=1)
+    with torch.no_grad():
+        fresh = torch.cat([decoder(encoder(x[:, :t + 1], torch.tensor([t]))[:, 0]) for t in range(T)], dim=1)
+    assert torch.allclose(torch.stack(seen, 1), fresh, atol=1e-4)
