@@ -2,13 +2,16 @@
 
     python bptt.py --dataset mnist
     python bptt.py --dataset mnist --truncate 32              # gradients cross at most 32 steps
+    python bptt.py --dataset mnist --image_size 28 --recompute 28   # memory O(sqrt(T)) for one more rollout
     python bptt.py --init runs/dmt-mnist/ckpt.pt --minutes 5  # post-training of an SMT or DMT checkpoint
 
 Writes runs/bptt-<dataset>.
 """
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import flags
 import trainer
@@ -21,6 +24,7 @@ from sample import draw_samples
 @dataclass
 class Config(flags.Config):
     truncate: int = flag(0, "steps a gradient may cross; 0 = all of them")
+    recompute: int = flag(0, "keep only every so many-th memory and compute the rest again in the backward pass; 0 = keep all")
     init: str = flag("", "checkpoint to start from; empty = from scratch")
 
 
@@ -35,13 +39,20 @@ PRESETS = {
 }
 
 
-def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int) -> tuple[dict[str, Tensor], Tensor]:
+def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int, recompute: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """Cross-entropy of the readout along a rollout (Eq. 1) with its whole graph.
 
     m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"; x, y (B, S) int64 are
     x_t .. x_{t+S-1} and their targets. Returns named scalars and the last memory (B, K, d).
     """
-    own = rnn.memories(x) if m is None else rnn.rollout(m, x, t)               # (B, S, K, d)
+    own = []
+    if m is None:
+        m = rnn.start(len(x))
+        own, x, t = [m[:, None]], x[:, 1:], t + 1
+    for part in x.split(recompute or x.shape[1], dim=1) if x.shape[1] else ():  # with BOS alone there is no update
+        own.append(checkpoint(rnn.rollout, m, part, t, use_reentrant=False) if recompute else rnn.rollout(m, part, t))
+        m, t = own[-1][:, -1], t + part.shape[1]
+    own = torch.cat(own, dim=1)                                                 # (B, S, K, d)
     loss = cross_entropy(rnn.logits(own), y)
     return dict(loss=loss), own[:, -1]
 
@@ -69,7 +80,7 @@ def main(argv=None) -> None:
         for t in range(0, task.T, span):
             part = y[:, t:t + span]
             with trainer.autocast(device):
-                losses, m = objective(rnn, m, x[:, t:t + span], part, t)
+                losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
             if losses["loss"].requires_grad:
                 run.backward(losses, (part >= 0).sum() / targets)
             m = m.detach()

@@ -46,6 +46,18 @@ def test_truncation_in_pieces_has_the_loss_of_the_whole():
     assert torch.allclose(whole, total, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [1, 3, T])
+def test_recomputing_changes_nothing_but_memory(recompute):
+    """Activations that are computed again in the backward pass give the loss and the gradients of those that were kept."""
+    results = []
+    for every in (0, recompute):
+        _, _, rnn = networks()
+        losses, m = bptt.objective(rnn, None, *sequences(), 0, every)
+        losses["loss"].backward()
+        results.append([losses["loss"], m, *(p.grad for p in rnn.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
 def dmt_losses(rnn, encoder, decoder, x, y, own):
     labels = encoder(x, torch.arange(T))
     t = torch.tensor([3, 5, 8])
