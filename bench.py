@@ -1,0 +1,200 @@
+"""How fast? Each way of ours against a plain implementation of the reference's way, interleaved, as ratios.
+
+    python bench.py                                 # laptop sizes, MNIST 14x14, a few minutes
+    python bench.py --preset gpu --device cuda
+
+The reference's way, for the same networks and the same data:
+
+    SMT   one time t a batch; two bidirectional passes make m_{t-1} and m_t; the decoder reads one of them; one transition
+    DMT   one rollout of T steps with its graph; a label at every 16th step, each from a bidirectional pass that builds a
+          graph too; backpropagation through everything; one optimiser step
+
+Ours is what smt.py and dmt.py do with their presets. A labelled transition is a pair (m_{t-1}, x_t) -> m_t with a label
+from the encoder that an optimiser step learns from; both ways process whole batches and end with an AdamW step.
+"""
+import argparse
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data as datasets
+import dmt
+import flags
+import smt
+import trainer
+from model import RNN, Decoder, Encoder, cross_entropy, futures
+
+LABEL_EVERY = 16  # of the reference's DMT
+
+
+# --------------------------------------------------------------------------------- the reference's way, written plainly
+
+def reference_smt(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor, t: int, cfg) -> Tensor:
+    """Eq. 5 with one transition (t-1 -> t) a sequence; t >= 1. Returns the loss."""
+    before, after = encoder.encode_window(x, t - 1), encoder.encode_window(x, t)
+    when = torch.tensor([t - 1])
+    x_fut, y_fut = futures(x, y, when, decoder.c.fut_len)
+    dec = cross_entropy(decoder(before, x_fut[:, 0], when.to(x.device).expand(len(x))), y_fut[:, 0])
+    dyn = F.mse_loss(rnn.update(before, x[:, t], torch.full_like(x[:, t], t)), after)
+    unif = smt.uniformity(torch.stack([before, after]), torch.Generator().manual_seed(0))
+    return cfg.lambda_dec * dec + cfg.lambda_dyn * dyn + cfg.lambda_unif * unif
+
+
+def reference_dmt(encoder: Encoder, rnn: RNN, x: Tensor, y: Tensor) -> Tensor:
+    """Eq. 6 along one rollout from m_0, graph and all. Returns the loss."""
+    own = rnn.memories(x)
+    when = range(LABEL_EVERY - 1, x.shape[1], LABEL_EVERY)
+    labels = torch.stack([encoder.encode_window(x, t) for t in when], dim=1)
+    return 10 * F.mse_loss(own[:, LABEL_EVERY - 1::LABEL_EVERY], labels) + cross_entropy(rnn.logits(own.detach()), y)
+
+
+# ----------------------------------------------------------------------------------------------------- one step of each
+
+class Bench:
+    """Networks, data and optimiser of a laptop or GPU run, and one callable for every thing to time."""
+
+    def __init__(self, preset: str, dataset: str, device: str, data_dir: str, **task):
+        self.device = device
+        own = ["--device", device, "--preset", preset, "--dataset", dataset, "--data_dir", data_dir, "--steps", "1"]
+        own += [w for k, v in task.items() for w in (f"--{k}", str(v))]
+        self.smt = flags.parse(smt.Config, own + ["--out_dir", "/nowhere"], smt.PRESETS, "smt", "")[0]
+        values = flags.preset_values(preset, dataset, dmt.PRESETS)
+        self.dmt = dmt.Config(**{k: v for k, v in values.items() if k in dmt.Config.__dataclass_fields__})
+        self.task = trainer.load_data(vars(self.smt), data_dir, device)
+        c = trainer.model_config(self.smt, self.task)
+        torch.manual_seed(0)
+        self.encoder, self.decoder, self.rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
+        self.gen = torch.Generator().manual_seed(0)
+        self.times = torch.arange(self.task.T)
+        params = [p for net in (self.encoder, self.decoder, self.rnn) for p in net.parameters()]
+        self.optimizer = torch.optim.AdamW(params, lr=1e-5, fused=device != "mps")
+
+    def learn(self, loss: Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def smt_ours(self, runs: int | None = None, run_len: int | None = None) -> int:
+        """Returns the number of labelled transitions."""
+        cfg = self.smt
+        x, y = self.task.batch(cfg.batch_size, self.gen)
+        times = smt.sample_times(self.task.T, runs or cfg.runs, run_len or cfg.run_len, self.gen)
+        with trainer.autocast(self.device):
+            loss = smt.objective(self.encoder, self.decoder, self.rnn, x, y, times, cfg, self.gen)["loss"]
+        self.learn(loss)
+        return len(x) * times.shape[0] * (times.shape[1] - 1)
+
+    def smt_reference(self) -> int:
+        x, y = self.task.batch(self.smt.batch_size, self.gen)
+        t = int(torch.randint(1, self.task.T, (), generator=self.gen))
+        with trainer.autocast(self.device):
+            loss = reference_smt(self.encoder, self.decoder, self.rnn, x, y, t, self.smt)
+        self.learn(loss)
+        return len(x)
+
+    def dmt_ours(self) -> int:
+        """One round: labels and own memories of a batch, then all its optimiser steps."""
+        cfg, T = self.dmt, self.task.T
+        x, y = self.task.batch(cfg.batch_size, self.gen)
+        with torch.no_grad(), trainer.autocast(self.device):
+            labels = self.encoder(x, self.times)
+            own = dmt.own_memories(self.rnn, labels, x, T, 0, cfg.rollout, math.inf)
+            x_fut, y_fut = futures(x, y, self.times, self.decoder.c.fut_len)
+        order = torch.randperm(len(x) * (T - 1), generator=self.gen)
+        variance = torch.ones((), device=self.device)
+        for pick in order.split(cfg.pairs)[:max(1, len(order) // cfg.pairs)]:
+            b, t = (v.to(self.device) for v in (pick // (T - 1), pick % (T - 1) + 1))
+            with trainer.autocast(self.device):
+                loss = dmt.objective(self.decoder, self.rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t],
+                                     variance, cfg)["loss"]
+            self.learn(loss)
+        return max(1, len(order) // cfg.pairs) * min(cfg.pairs, len(order))
+
+    def dmt_reference(self) -> int:
+        x, y = self.task.batch(self.dmt.batch_size, self.gen)
+        with trainer.autocast(self.device):
+            loss = reference_dmt(self.encoder, self.rnn, x, y)
+        self.learn(loss)
+        return len(x) * (self.task.T // LABEL_EVERY)
+
+    def bptt(self) -> int:
+        """One step of bptt.py; its transitions have no labels of their own."""
+        import bptt
+        x, y = self.task.batch(self.smt.batch_size, self.gen)
+        with trainer.autocast(self.device):
+            loss = bptt.objective(self.rnn, None, x, y, 0)[0]["loss"]
+        self.learn(loss)
+        return len(x) * (self.task.T - 1)
+
+
+def interleaved(ways: dict, seconds: float, device: str) -> dict[str, tuple[float, int]]:
+    """name -> (median seconds a call, transitions a call). One call of each in turn, so that a noisy machine disturbs all
+    alike; the first calls warm up."""
+    spent, made = {name: [] for name in ways}, {}
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or min(map(len, spent.values())) < 3:
+        for name, way in ways.items():
+            start = time.perf_counter()
+            made[name] = way()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            spent[name].append(time.perf_counter() - start)
+    return {name: (sorted(s[1:])[len(s[1:]) // 2], made[name]) for name, s in spent.items()}
+
+
+def matmul_rate(device: str, n: int = 2048) -> float:
+    """Floating-point operations a second of a large matrix product, the most this machine can do (fp32; bf16 on CUDA)."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = flags.fail
+    p.add_argument("--preset", choices=flags.SIZES, default="laptop", help="sizes of networks and batches (default: %(default)s)")
+    p.add_argument("--dataset", choices=datasets.OPTIONS, default="mnist", help="(default: %(default)s)")
+    p.add_argument("--data_dir", default=flags.Config().data_dir, help="(default: %(default)s)")
+    p.add_argument("--device", default="auto", help="(default: %(default)s)")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
+    p.add_argument("--seconds", type=float, default=60.0, help="for each comparison (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
+    a = p.parse_args(argv)
+    flags.demand("threads", a.threads, 0, flags.MOST_THREADS)
+    flags.demand("seconds", a.seconds, 0, 1e6)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    device = flags.pick_device(a.device)
+    b = Bench(a.preset, a.dataset, device, a.data_dir)
+    pairs = {
+        "SMT": ("ours", b.smt_ours, "reference", b.smt_reference),
+        "SMT, one transition a sequence": ("ours", lambda: b.smt_ours(1, 2), "reference", b.smt_reference),
+        "DMT": ("ours, a whole round", b.dmt_ours, "reference, a step", b.dmt_reference),
+        "SMT and BPTT": ("SMT", b.smt_ours, "BPTT", b.bptt),
+    }
+    rate = matmul_rate(device)
+    rows = []
+    for what, (one, way, other, plain) in pairs.items():
+        got = interleaved({one: way, other: plain}, a.seconds, device)
+        (t1, n1), (t2, n2) = got[one], got[other]
+        rows.append(dict(what=what, ways=[one, other], seconds=[t1, t2], transitions=[n1, n2], per_step=t2 / t1,
+                         per_transition=(t2 / n2) / (t1 / n1)))
+        if not a.json:
+            print(f"{what:32} {one}: {t1 * 1e3:.0f} ms for {n1:,} transitions | {other}: {t2 * 1e3:.0f} ms for {n2:,} | "
+                  f"{t2 / t1:.2f}x a call, {rows[-1]['per_transition']:.1f}x a transition", flush=True)
+    out = dict(preset=a.preset, dataset=a.dataset, T=b.task.T, device=device, threads=torch.get_num_threads(),
+               torch=torch.__version__, gflops=rate / 1e9, rows=rows)
+    print(json.dumps(out) if a.json else f"large matrix product: {rate / 1e9:.0f} GFLOP/s, {out['threads']} threads, T = {out['T']}")
+
+
+if __name__ == "__main__":
+    flags.cli(main)
