@@ -88,17 +88,20 @@ def test_dmt_leaves_the_teacher_alone():
     assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters()))
 
 
-def test_readout_loss_does_not_move_the_updater():
-    """In DMT the readout learns on detached memories: without KL and MSE the updater gets no gradient."""
+@pytest.mark.parametrize("weights, updater, readout", [(dict(lambda_mse=1.0, lambda_dec=0.0), True, False),
+                                                       (dict(lambda_mse=0.0, lambda_dec=1.0), True, True),
+                                                       (dict(lambda_mse=0.0, lambda_dec=0.0, lambda_kl=1.0), True, False)])
+def test_what_each_loss_of_dmt_teaches(weights, updater, readout):
+    """MSE and KL teach the updater alone; the future as the readout sees it teaches both."""
     encoder, decoder, rnn = networks()
     x, y = sequences()
-    labels = encoder(x, torch.arange(T))
+    labels = encoder(x, torch.arange(T)).detach()
     t, b = torch.tensor([3, 5, 8]), torch.arange(B)
     losses = dmt.objective(decoder, rnn, labels[b, t - 1], x[b, t], t, labels[b, t], x[:, 4:7], y[:, 3:7], torch.ones(()),
-                           dmt.Config(lambda_kl=0.0, lambda_mse=0.0))
-    losses["readout"].backward()
-    assert all(p.grad is None for p in rnn.updater.parameters())
-    assert rnn.readout.head.weight.grad.abs().sum() > 0
+                           dmt.Config(**weights))
+    losses["loss"].backward()
+    moved = lambda net: sum(float(p.grad.abs().sum()) for p in net.parameters() if p.grad is not None) > 0
+    assert moved(rnn.updater) == updater and moved(rnn.readout) == readout
 
 
 @pytest.mark.parametrize("detach", [False, True])

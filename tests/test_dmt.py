@@ -6,6 +6,7 @@ import torch
 from tiny import B, T, networks, sequences
 
 import dmt
+from model import futures
 
 
 def setting():
@@ -67,22 +68,41 @@ def test_perfect_memory_has_no_loss():
     x, y = sequences()
     own = rnn.memories(x).detach()
     t, b = torch.tensor([3, 5, 8]), torch.arange(B)
-    args = (x[:, 4:7], y[:, 3:7], torch.ones(()), dmt.Config())
+    args = (x[:, 4:7], y[:, 3:7], torch.ones(()), dmt.Config(lambda_kl=1.0))
     right = dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, own[b, t], *args)
     wrong = dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, own[b, t - 1], *args)
     assert right["mse"] < 1e-8 and right["kl"].abs() < 1e-6
     assert wrong["mse"] > 1e-3 and wrong["kl"] > 1e-4
 
 
+def test_objective_against_its_parts():
+    """The loss is the weighted sum of MSE over variance, the future's cross-entropy from the RNN's memory, and the KL."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    labels = encoder(x, torch.arange(T)).detach()
+    t, b = torch.tensor([3, 5, 8]), torch.arange(B)
+    x_fut, y_fut = (v[b, t] for v in futures(x, y, torch.arange(T), 4))
+    cfg = dmt.Config(lambda_mse=0.7, lambda_dec=1.3, lambda_kl=0.4)
+    got = dmt.objective(decoder, rnn, labels[b, t - 1], x[b, t], t, labels[b, t], x_fut, y_fut, torch.tensor(0.5), cfg)
+    m = rnn.update(labels[b, t - 1], x[b, t], t)
+    mse = (m - labels[b, t]).square().mean() / 0.5
+    p, q = decoder(labels[b, t], x_fut, t).softmax(-1), decoder(m, x_fut, t).softmax(-1)
+    valid = y_fut >= 0
+    kl = (p * (p / q).log()).sum(-1)[valid].mean()
+    dec = -rnn.readout(m, x_fut, t).log_softmax(-1).gather(-1, y_fut.clamp(min=0)[..., None])[..., 0][valid].mean()
+    assert valid.sum() < valid.numel()  # the last future reaches past the end
+    assert torch.allclose(got["loss"], 0.7 * mse + 1.3 * dec + 0.4 * kl, atol=1e-5)
+
+
 def test_masked_targets_are_finite():
-    """No valid target among the pairs: KL and readout loss are 0, and the gradient is finite."""
+    """No valid target among the pairs: what the futures say is 0, and the gradient is finite."""
     encoder, decoder, rnn = networks()
     x, y = sequences()
     labels = encoder(x, torch.arange(T)).detach()
     got = dmt.objective(decoder, rnn, labels[:1, 2], x[:1, 3], torch.tensor([3]), labels[:1, 3], x[:1, 4:7],
-                        torch.full((1, 4), -1), torch.ones(()), dmt.Config())
+                        torch.full((1, 4), -1), torch.ones(()), dmt.Config(lambda_kl=1.0))
     got["loss"].backward()
-    assert got["kl"] == 0 and got["readout"] == 0 and torch.isfinite(got["loss"])
+    assert got["kl"] == 0 and got["dec"] == 0 and torch.isfinite(got["loss"])
     assert all(torch.isfinite(p.grad).all() for p in rnn.parameters() if p.grad is not None)
 
 
