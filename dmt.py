@@ -1,7 +1,7 @@
 """DAgger Memory Training (Eq. 6): correct the drift of an SMT-trained RNN on its own memories.
 
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt
-    python dmt.py --ckpt runs/smt-mnist/ckpt.pt --lambda_kl 0 --lambda_mse 10    # the paper's loss
+    python dmt.py --ckpt runs/smt-mnist/ckpt.pt --detach_dec --lambda_mse 10     # the paper's loss
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --rollout parallel --horizon 4
 
 One round: the RNN runs on its own memories, without a graph; the frozen encoder says where it should have been.
@@ -27,6 +27,7 @@ from sample import draw_samples
 class Config(flags.Config):
     ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
     lambda_dec: float = flag(1.0, "weight of the decoder's loss, Eq. 2, on the RNN's own memories")
+    detach_dec: bool = flag(False, "the gradient of that loss stays in the readout and does not reach the updater")
     lambda_kl: float = flag(0.0, "weight of the prediction-space loss: KL of the decoder's futures")
     lambda_mse: float = flag(0.1, "weight of Eq. 6, divided by the variance of the encoder's memories")
     tube: float = flag(0.5, "put the RNN back on the encoder's memory when it is further off than this part of the variance; "
@@ -44,7 +45,7 @@ PRESETS = {
     ("laptop", "sketchy"): dict(minutes=5.0, batch_size=12, n_val=40),
     ("laptop", "synthetic"): dict(minutes=4.0, pairs=128),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, minutes=5.0),
-    "paper": dict(lr=3e-5, batch_size=32, lambda_kl=0.0, tube=0.0, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
+    "paper": dict(lr=3e-5, batch_size=32, tube=0.0, detach_dec=True, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
 }
 
 
@@ -95,7 +96,7 @@ def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tenso
 
     # The future as Eq. 2 asks for it, predicted from the RNN's memory by its own readout. The gradient reaches the
     # one update that made m, and the readout learns to read what the RNN writes.
-    logits = rnn.readout(m, x_fut, t)
+    logits = rnn.readout(m.detach() if cfg.detach_dec else m, x_fut, t)
     dec = cross_entropy(logits, y_fut)
     loss = cfg.lambda_mse * mse + cfg.lambda_dec * dec
     named = dict(mse=mse, dec=dec)

@@ -90,9 +90,10 @@ def test_dmt_leaves_the_teacher_alone():
 
 @pytest.mark.parametrize("weights, updater, readout", [(dict(lambda_mse=1.0, lambda_dec=0.0), True, False),
                                                        (dict(lambda_mse=0.0, lambda_dec=1.0), True, True),
+                                                       (dict(lambda_mse=0.0, detach_dec=True), False, True),
                                                        (dict(lambda_mse=0.0, lambda_dec=0.0, lambda_kl=1.0), True, False)])
 def test_what_each_loss_of_dmt_teaches(weights, updater, readout):
-    """MSE and KL teach the updater alone; the future as the readout sees it teaches both."""
+    """MSE and KL teach the updater alone; the future as the readout sees it teaches both, or the readout alone."""
     encoder, decoder, rnn = networks()
     x, y = sequences()
     labels = encoder(x, torch.arange(T)).detach()
