@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import bptt
 import data as datasets
 import dmt
 import flags
@@ -64,7 +65,7 @@ class Bench:
         self.smt = flags.parse(smt.Config, own + ["--out_dir", "/nowhere"], smt.PRESETS, "smt", "")[0]
         values = flags.preset_values(preset, dataset, dmt.PRESETS)
         self.dmt = dmt.Config(**{k: v for k, v in values.items() if k in dmt.Config.__dataclass_fields__})
-        self.task = trainer.load_data(vars(self.smt), data_dir, device)
+        self.task = trainer.load_data(vars(self.smt), device)
         c = trainer.model_config(self.smt, self.task)
         torch.manual_seed(0)
         self.encoder, self.decoder, self.rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
@@ -123,7 +124,6 @@ class Bench:
 
     def bptt(self) -> int:
         """One step of bptt.py; its transitions have no labels of their own."""
-        import bptt
         x, y = self.task.batch(self.smt.batch_size, self.gen)
         with trainer.autocast(self.device):
             loss = bptt.objective(self.rnn, None, x, y, 0)[0]["loss"]
@@ -162,7 +162,7 @@ def main(argv=None) -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = flags.fail
     p.add_argument("--preset", choices=flags.SIZES, default="laptop", help="sizes of networks and batches (default: %(default)s)")
-    p.add_argument("--dataset", choices=datasets.OPTIONS, default="mnist", help="(default: %(default)s)")
+    p.add_argument("--dataset", choices=[d for d in datasets.OPTIONS if d not in ("text", "images")], default="mnist", help="(default: %(default)s)")
     p.add_argument("--data_dir", default=flags.Config().data_dir, help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")

@@ -59,7 +59,7 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int, recomput
 
 def main(argv=None) -> None:
     cfg, ckpt = flags.parse(Config, argv, PRESETS, "bptt", __doc__, unused=("encoder", "enc_layers", "ctx_len", "fut_len"))
-    device, task = trainer.setup(cfg)
+    device, task = trainer.setup(cfg, ckpt)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
         if rnn is None:
@@ -81,8 +81,7 @@ def main(argv=None) -> None:
             part = y[:, t:t + span]
             with trainer.autocast(device):
                 losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
-            if losses["loss"].requires_grad:
-                run.backward(losses, (part >= 0).sum() / targets)
+            run.backward(losses, (part >= 0).sum() / targets)
             m = m.detach()
         run.update()
     print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")

@@ -1,12 +1,13 @@
-"""DAgger Memory Training (Eq. 6): correct the drift of an SMT-trained RNN on its own memories.
+"""DAgger Memory Training (Eq. 6): teach an SMT-trained RNN on the memories it really has, its own.
 
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --detach_dec --lambda_mse 10     # the paper's loss
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --rollout parallel --horizon 4
 
 One round: the RNN runs on its own memories, without a graph; the frozen encoder says where it should have been.
-Then a few optimiser steps regress (own m_{t-1}, x_t) -> encoder's m_t on random pairs of the round, in parallel
-over time. No gradient ever crosses a step. Writes runs/dmt-<dataset>.
+Then a few optimiser steps learn from random pairs (own m_{t-1}, x_t) of the round, in parallel over time: the new memory
+shall be the encoder's m_t (Eq. 6), and it shall predict the future (Eq. 2 on the RNN's memory). No gradient goes back
+further than the one update in question. Writes runs/dmt-<dataset>.
 """
 import math
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from sample import draw_samples
 @dataclass
 class Config(flags.Config):
     ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
-    lambda_dec: float = flag(1.0, "weight of the decoder's loss, Eq. 2, on the RNN's own memories")
+    lambda_dec: float = flag(1.0, "weight of Eq. 2 on the RNN's own memories, read by its readout")
     detach_dec: bool = flag(False, "the gradient of that loss stays in the readout and does not reach the updater")
     lambda_kl: float = flag(0.0, "weight of the prediction-space loss: KL of the decoder's futures")
     lambda_mse: float = flag(0.1, "weight of Eq. 6, divided by the variance of the encoder's memories")
@@ -118,7 +119,7 @@ def main(argv=None) -> None:
         flags.fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
     if "encoder" not in ckpt or "rnn" not in ckpt:
         flags.fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); give one of smt.py")
-    device, task = trainer.setup(cfg)
+    device, task = trainer.setup(cfg, ckpt)
     encoder, decoder, rnn = (net.to(device) for net in build(ckpt, "encoder", "decoder", "rnn"))
     c = rnn.c
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels exist for t < T

@@ -22,17 +22,16 @@ from torch import Tensor
 import data as datasets
 import flags
 import trainer
-from model import RNN, Decoder, Encoder, build, futures, load_checkpoint
+from model import RNN, Decoder, Encoder, build, futures
 
 COLUMNS = ("teacher", "one_step", "rollout")
 
 
 class Score:
-    """Sums of one column over batches: nats, nats in the later half of the sequence, correct answers, KL to the exact
-    posterior."""
+    """Sums of one column over batches: nats, nats from time `late` on, correct answers, KL to the exact posterior."""
 
-    def __init__(self, per_sequence: bool):
-        self.per_sequence, self.nats, self.late, self.right, self.excess = per_sequence, [], [], [], []
+    def __init__(self, per_sequence: bool, late: int):
+        self.per_sequence, self.half, self.nats, self.late, self.right, self.excess = per_sequence, late, [], [], [], []
 
     def add(self, logits: Tensor, y: Tensor, clean: Tensor | None, posterior: Tensor | None) -> None:
         """logits (B, L, V) float, y and clean (B, L) with -1 = no target, posterior (B, L, V)."""
@@ -41,7 +40,8 @@ class Score:
         count = 1 if self.per_sequence else valid.sum(1).clamp(min=1)
         each = -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * valid
         self.nats.append(each.sum(1) / count)
-        self.late.append(each[:, y.shape[1] // 2:].mean(1))
+        if self.half < y.shape[1]:
+            self.late.append(each[:, self.half:].sum(1) / valid[:, self.half:].sum(1).clamp(min=1))
         if clean is not None:
             self.right.append(((logp.argmax(-1) == clean) & valid).sum(1) / count)
         if posterior is not None:
@@ -52,9 +52,9 @@ class Score:
         values = getattr(self, name)
         return float(torch.cat(values).double().mean()) if values else None
 
-    def stderr(self) -> float:
+    def stderr(self) -> float | None:
         values = torch.cat(self.nats).double()
-        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 @torch.no_grad()
@@ -69,16 +69,15 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
     x_all, y_all = held["x"], held["y"]
     device = str(x_all.device)
     c = (rnn or decoder).c
-    T = min(task.T, c.ctx_len) if encoder is not None and c.encoder == "causal" else task.T  # labels end at Tc
-    scores = {name: Score(task.image is not None) for name in COLUMNS}
+    T = min(task.T, c.ctx_len) if encoder is not None and c.encoder == "causal" else task.T  # labels end at Tc; the RNN goes on
+    scores = {name: Score(task.image is not None, task.T // 2) for name in COLUMNS}
     size = c.mem_tokens * c.d_model
     total, total_sq, rows, kl, targets = torch.zeros(size, dtype=torch.float64, device=device), 0.0, 0, 0.0, 0
     error, error_one = torch.zeros(T, dtype=torch.float64, device=device), torch.zeros(T, dtype=torch.float64, device=device)
     times = torch.arange(T)
     batch = max(1, min(100, int(2e8) // (T * size)))
     for i in range(0, len(x_all), batch):
-        x, y = x_all[i:i + batch, :T], y_all[i:i + batch, :T]
-        extra = [v if v is None else v[i:i + batch, :T] for v in (held["clean"], held["posterior"])]
+        x, y, *extra = (v if v is None else v[i:i + batch] for v in (x_all, y_all, held["clean"], held["posterior"]))
         with trainer.autocast(device):
             own = rnn.memories(x) if rnn is not None else None                 # (B, T, K, d)
             if own is not None:
@@ -88,6 +87,7 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
                 scores["teacher"].add(decoder(nothing, x, x.new_full((len(x),), -1)), y, *extra)
             if encoder is None or rnn is None:
                 continue
+            x, y, own, *extra = (v if v is None else v[:, :T] for v in (x, y, own, *extra))
             m = encoder(x, times)
             scores["teacher"].add(decoder(m.flatten(0, 1))[:, 0].view(len(x), T, -1), y, *extra)
             step = rnn.update(m[:, :-1].flatten(0, 1), x[:, 1:].flatten(), times[1:].to(device).repeat(len(x)))
@@ -111,7 +111,7 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
     out |= dict(bayes=datasets.bayes(held), excess=scores[main].mean("excess"),
                 excess_all={k: scores[k].mean("excess") for k in COLUMNS} if known else None,
                 accuracy={k: scores[k].mean("right") for k in COLUMNS} if held["clean"] is not None else None,
-                bits_per_pixel=out[main] / (T * math.log(2)) if task.image else None,
+                bits_per_pixel=out[main] / (task.T * math.log(2)) if task.image else None,
                 bits_per_char=out[main] / math.log(2) if text else None,
                 late={k: scores[k].mean("late") for k in COLUMNS} if text else None)
     out |= dict(drift=None, drift_by_time=None, one_step_drift=None, kl=None, variance=None)
@@ -183,7 +183,7 @@ def main(argv=None) -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = flags.fail
     p.add_argument("--ckpt", required=True, help="checkpoint of any training script; required")
-    p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"), help="where the data is (default: %(default)s)")
+    flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed of torch; the test data does not depend on it (default: %(default)s)")
@@ -196,9 +196,9 @@ def main(argv=None) -> None:
     if a.threads:
         torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
-    ckpt = load_checkpoint(a.ckpt)
+    ckpt = flags.open_checkpoint(a.ckpt)
     device = flags.pick_device(a.device)
-    task = trainer.load_data(ckpt["config"], a.data_dir, device)
+    task = trainer.load_data(ckpt["config"] | flags.where(vars(a), ckpt["config"]), device, ckpt)
     rnn, encoder, decoder = networks(ckpt, device)
     result = evaluate(task, rnn, encoder, decoder, a.split, a.n_test)
     picture = os.path.join(os.path.dirname(a.ckpt), "evaluation.png")

@@ -23,7 +23,7 @@ class UsageError(Exception):
 
 def flag(default, help: str, group: str = "method", choices=None):
     """A command-line flag as a dataclass field. `group` says who owns it: "task" and "model" flags come from
-    the checkpoint where one is given; "length" flags may change on resume; all others may not."""
+    the checkpoint where one is given; "length" flags, how long and where, may change on resume; all others may not."""
     return dataclasses.field(default=default, metadata=dict(help=help, group=group, choices=choices))
 
 
@@ -38,7 +38,7 @@ class Config:
     glyphs: str = flag(None, "the characters", "task")
     jitter: float = flag(None, "strength of the random affine maps", "task")
     length: int = flag(None, "sequence length T, BOS included", "task")
-    data_file: str = flag(None, "the text to learn, any UTF-8 file, plain or gzipped", "task")
+    data_file: str = flag(None, "the text to learn, any UTF-8 file, plain or gzipped", "length")
     symbols: int = flag(None, "number of symbols", "task")
     noise: float = flag(None, "probability that a target is redrawn", "task")
     needle_range: int = flag(None, "last position of the needle; 0 = the end of the first quarter", "task")
@@ -67,8 +67,8 @@ class Config:
                          "environment variable SMT_DATA_DIR changes the default", "length")
     out_dir: str = flag("", "where the run writes; empty = runs/<script>-<dataset>", "length")
     preset: str = flag("", "sizes and recipe; empty = gpu on CUDA, else laptop", choices=("laptop", "gpu", "paper"))
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
-    threads: int = flag(0, "CPU threads; 0 = torch's choice")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...", "length")
+    threads: int = flag(0, "CPU threads; 0 = torch's choice", "length")
     seed: int = flag(0, "seed of weights and batches")
     steps: int = flag(0, "length of the run in optimiser steps; 0 = no limit", "length")
     minutes: float = flag(4.75, "length of the run in minutes, all resumes together; 0 = no limit", "length")
@@ -130,19 +130,25 @@ def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple 
         fail("--resume continues a run and --overwrite replaces it; give one of them")
 
     source = given.get("ckpt") or given.get("init")
-    ckpt = load_checkpoint(source) if source else None
+    ckpt = open_checkpoint(source) if source else None
     values = {k: v for k, v in ckpt["config"].items() if group.get(k) in ("task", "model")} if ckpt else {}
     for name in given:
         if ckpt and group[name] in ("task", "model"):
             fail(f"--{name} comes from the checkpoint {source}; leave it out, or train a new one")
+    if ckpt:
+        values |= where(given, ckpt["config"])
     dataset = values.get("dataset") or given.get("dataset") or fields["dataset"].default
     out_dir = given.get("out_dir") or f"runs/{script}-{dataset}"
     newest = os.path.join(out_dir, "ckpt.pt")
     if given.get("resume"):
-        ckpt = load_checkpoint(newest)
+        ckpt = open_checkpoint(newest)
         values = ckpt["config"] | dict(overwrite=False, stop_after=0.0)
         if ckpt["script"] != script:
             fail(f"--out_dir {out_dir} holds a run of {ckpt['script']}.py; resume it with that script")
+        for name, f in fields.items():
+            if f.metadata["group"] != "length" and name not in values:
+                raise CheckpointError(f"{newest}: does not say what --{name} was; it comes from another version, start again "
+                                      "with --overwrite or another --out_dir")
         for name in given:
             if group[name] != "length" and given[name] != values.get(name):
                 fail(f"--{name} {given[name]} differs from {values.get(name)} in {out_dir}; only run length and logging "
@@ -158,6 +164,8 @@ def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple 
         if given.get(one):
             values[other] = 0  # a run counted in steps has no clock, so that it can be repeated exactly
     cfg = Config(**{k: v for k, v in (values | given | dict(out_dir=out_dir)).items() if k in fields})
+    cfg.data_dir = os.path.abspath(cfg.data_dir)  # a checkpoint may be used from another folder
+    cfg.data_file = cfg.data_file and os.path.abspath(cfg.data_file)
 
     check_task_flags(cfg.dataset, given)
     own = datasets.OPTIONS[cfg.dataset]
@@ -195,25 +203,49 @@ def check_task_flags(dataset: str, given: dict) -> None:
             fail(f"--{name} means nothing to --dataset {dataset}; leave it out")
 
 
+def open_checkpoint(path: str) -> dict:
+    """load_checkpoint, whose task and preset are known here. Raises CheckpointError."""
+    ckpt = load_checkpoint(path)
+    for name, known in (("dataset", datasets.OPTIONS), ("preset", SIZES)):
+        if ckpt["config"][name] not in list(known):
+            raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; it comes from another version")
+    return ckpt
+
+
+def where(given: dict, config: dict) -> dict:
+    """Where the data of a checkpoint with this config are, unless flags say otherwise: a text or folder of one's own stays
+    the one it was trained on; everything else is looked for where this machine keeps its data."""
+    own = {k: config[k] for k in ("data_file",) + ("data_dir",) * (config.get("dataset") == "images") if config.get(k)}
+    return dict(data_dir=Config.data_dir) | own | {k: v for k, v in given.items() if k in ("data_dir", "data_file") and v}
+
+
+def add_data_flags(parser) -> None:
+    """For scripts that read a checkpoint's data again."""
+    parser.add_argument("--data_dir", default="", help=f"where the data is (default: {Config.data_dir}, for images the folder trained on)")
+    parser.add_argument("--data_file", default="", help="the text of --dataset text (default: the one trained on)")
+
+
 MOST_THREADS = 1024  # torch crashes on absurd numbers
 
 
 def demand(name: str, value: float, low: float, high: float) -> None:
     """Refuse --name value unless low <= value <= high; NaN fails every comparison. Raises UsageError."""
     if not low <= value <= high:
-        fail(f"--{name} {value} is not allowed; give a number from {low} to {high:g}")
+        fail(f"--{name} {value} is not allowed; give a number " + (f"from {low} to {high:g}" if high < 1e15 else f"of at least {low}"))
 
 
 def check(cfg) -> None:
     """Refuse values no run can mean. Raises UsageError naming the flag."""
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size n_val log_every pairs runs "
                           "micro".split(), 1) | dict(run_len=2)
-    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1)
+    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1) | dict.fromkeys(["enc_layers", "dec_layers", "rnn_layers"], 1000)
     for name, value in vars(cfg).items():
         if type(value) in (int, float):
             demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))
     if cfg.lr == 0:
         fail(f"--lr {cfg.lr} is not allowed; give a number above 0, such as 1e-3")
+    if cfg.batch_size % getattr(cfg, "micro", 1):
+        fail(f"--batch_size {cfg.batch_size} is not a multiple of --micro {cfg.micro}; change one of them")
     if not cfg.steps and not cfg.minutes:
         fail("--steps and --minutes are both 0, so the run would never end; give one of them")
     if not cfg.head_dim and cfg.d_model % cfg.n_heads:
@@ -226,6 +258,8 @@ def check(cfg) -> None:
 
 def cli(main):
     """Run main(argv); turn what the user can mend into one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe that knows fewer characters than a text has
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -238,10 +272,10 @@ def cli(main):
     except KeyboardInterrupt:  # Run.loop saves first; here there was nothing to save yet
         line, code = "interrupted", 130
     except (MemoryError, RuntimeError) as e:
-        known = any(s in str(e) for s in ("out of memory", "allocate memory", "enough memory"))
+        known = any(s in str(e) for s in ("out of memory", "allocate memory", "enough memory", "overflow"))
         if not known and type(e) is not MemoryError:
             raise
-        line, code = f"out of memory ({str(e)[:200]}); lower --batch_size or the sizes of the model", 2
+        line, code = f"out of memory ({str(e)[:200]}); give smaller numbers, --batch_size or sizes", 2
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -21,7 +21,7 @@ import data as datasets
 import flags
 import text
 import trainer
-from model import RNN, Decoder, Encoder, build, load_checkpoint
+from model import RNN, Decoder, Encoder, build
 
 DEFAULT_CKPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "glyphs", "rnn.pt")
 
@@ -90,6 +90,8 @@ def save_png(path: str, page: np.ndarray) -> None:
     try:
         Image.fromarray(page).save(temporary, format="PNG")
         os.replace(temporary, path)
+    except OSError as e:
+        raise datasets.DataError(f"{path}: cannot be written ({e.strerror or e}); give another path with --out or --out_dir")
     finally:
         with contextlib.suppress(OSError):  # gone already, unless something failed
             os.remove(temporary)
@@ -146,20 +148,20 @@ def main(argv=None) -> None:
     p.add_argument("--top_k", type=int, default=0, help="choose among the k most likely symbols; 0 = all (default: %(default)s)")
     p.add_argument("--prefix", action="store_true", help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels "
                    "(default: draw freely)")
-    p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"), help="for --prefix (default: %(default)s)")
+    flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
     a = p.parse_args(argv)
     for name, low in (("n", 0), ("chars", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         flags.demand(name, getattr(a, name), low, 10 ** 18)
-    ckpt = load_checkpoint(a.ckpt)
+    ckpt = flags.open_checkpoint(a.ckpt)
     if "rnn" not in ckpt:
         flags.fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
     device = flags.pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
     image, T, name = ckpt["image"], rnn.c.T, ckpt["config"]["dataset"]
-    gen = torch.Generator().manual_seed(a.seed)
+    config, gen = ckpt["config"] | flags.where(vars(a), ckpt["config"]), torch.Generator().manual_seed(a.seed)
     if a.prefix and image is None:
         flags.fail(f"--prefix completes images, and this checkpoint was trained on {name}")
     if a.prompt and name not in datasets.TEXTS:
@@ -168,20 +170,16 @@ def main(argv=None) -> None:
         print(stories(rnn, a.n or 3, a.chars, gen, a.temperature, a.top_k, a.prompt), end="")
         return
     if image is None:
-        print(answers(trainer.load_data(ckpt["config"], a.data_dir, device), rnn, a.n or 16), end="")
+        print(answers(trainer.load_data(config, device, ckpt), rnn, a.n or 16), end="")
         return
     n = a.n or 40
     if a.prefix:  # one test image a row: 0, 1/8 .. 3/4 of it given, and at the right the image itself
         known = torch.tensor([0, T // 8, T // 4, T // 2, 3 * T // 4, T]).repeat(n)
-        given = trainer.load_data(ckpt["config"], a.data_dir, "cpu").held_out("test", n)["y"].repeat_interleave(6, 0)
+        given = trainer.load_data(config, "cpu", ckpt).held_out("test", n)["y"].repeat_interleave(6, 0)
         out, columns = generate(rnn, len(given), T, gen, a.temperature, a.top_k, given, known[:len(given)]), 6
     else:
         out, columns = generate(rnn, n, T, gen, a.temperature, a.top_k), 8
-    page = grid(out.view(-1, *image).numpy() / (rnn.c.n_out - 1), columns)
-    try:
-        save_png(a.out, page)
-    except OSError as e:
-        flags.fail(f"--out {a.out} cannot be written ({e.strerror}); give another path")
+    save_png(a.out, grid(out.view(-1, *image).numpy() / (rnn.c.n_out - 1), columns))
     print(f"{len(out)} images in {a.out}")
 
 

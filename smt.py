@@ -26,7 +26,7 @@ class Config(flags.Config):
     lambda_dec: float = flag(1.0, "weight of the decoder's loss, Eq. 2")
     lambda_dyn: float = flag(0.3, "weight of the one-step dynamics loss, Eq. 3")
     lambda_unif: float = flag(0.003, "weight of the uniformity loss, Eq. 4")
-    detach_rnn: bool = flag(False, "detached SMT: the gradient of L_dyn does not reach the encoder")
+    detach_rnn: bool = flag(False, "detached SMT: nothing of the RNN shapes the memories; no gradient of L_dyn, no --decode_own")
     runs: int = flag(2, "runs of consecutive times in each sequence")
     run_len: int = flag(8, "times in a run; each run holds run_len - 1 transitions")
     chain: float = flag(0.9, "probability that a transition starts from the RNN's own memory; 0 = the paper's Eq. 3")
@@ -48,7 +48,7 @@ PRESETS = {
 
 def sample_times(T: int, runs: int, run_len: int, gen: torch.Generator) -> Tensor:
     """Runs of consecutive times, (runs, run_len) int64 on the CPU. Starts may fall before 0 or late and are
-    pushed inside, so that the first and the last times come up as often as the others."""
+    pushed inside: the first and the last time come up as often as those in the middle, their neighbours up to twice."""
     run_len = min(run_len, T)
     start = torch.randint(1 - run_len, T, (runs, 1), generator=gen).clamp(0, T - run_len)
     return start + torch.arange(run_len)
@@ -78,7 +78,8 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
     if cfg.detach_rnn:
         run = run.detach()
     coins = lambda p, *shape: (torch.rand(*shape, 1, 1, generator=gen) < p).to(dev)
-    before, own, made, errors = run[:, :, 0], coins(0, B, len(times)), [m.unflatten(1, times.shape)[:, :, 0]], []
+    before, own = run[:, :, 0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev)
+    made, errors = [before], []
     for i in range(1, times.shape[1]):
         now = times[:, i].to(dev)                                               # (runs,)
         made.append(rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B)).view_as(before))
@@ -91,7 +92,7 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
     # L_dec, Eq. 2: the memory predicts the future, and is all the decoder sees of the past. With probability
     # `decode_own` it is the memory that the RNN has just made: its errors matter as far as they spoil predictions.
     x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)                       # (B, n, Tf - 1), (B, n, Tf)
-    read = torch.where(coins(cfg.decode_own, B, n), torch.stack(made, 2).flatten(1, 2), m)
+    read = torch.where(coins(0 if cfg.detach_rnn else cfg.decode_own, B, n), torch.stack(made, 2).flatten(1, 2), m)
     logits = decoder(read.flatten(0, 1), x_fut.flatten(0, 1), flat.to(dev).repeat(B))
     dec = cross_entropy(logits, y_fut.flatten(0, 1))
 

@@ -138,7 +138,7 @@ def stack(length, symbols, depth, device="cpu"):
 def recall(keys, symbols, key_len, device="cpu"):
     P, S, k = keys, symbols, key_len
     check(S >= 2, "symbols", S, "at least 2")
-    check(1 <= k and S ** k <= 100_000, "key_len", k, "at least 1, with symbols ** key_len at most 100,000")
+    check(1 <= k <= 16 and S ** k <= 100_000, "key_len", k, "at least 1, with symbols ** key_len at most 100,000")
     check(1 <= P <= S ** k, "keys", P, f"between 1 and symbols ** key_len = {S ** k}, the number of different keys")
     query, bos = 2 * S, 2 * S + 1  # 0..S-1 spell keys, S..2S-1 are values
     ask = 2 + P * (k + 1)          # time of the first question's first symbol

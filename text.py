@@ -103,7 +103,7 @@ def load_bytes(name, data_dir, data_file=""):
         source, whole = "pydoc", np.frombuffer(b"\xff".join(topics[key].encode() for key in sorted(topics)), np.uint8)
     else:
         if name == "shakespeare":
-            source = find_file(data_dir, name, SHAKESPEARE[0], MIRRORS[name], *SHAKESPEARE[1:])
+            source = find_file(Path(data_dir, name), "", SHAKESPEARE[0], MIRRORS[name], *SHAKESPEARE[1:])  # many a file is called so
         elif not data_file:
             raise DataError("--data_file is missing; name the text file to learn")
         elif not os.path.isfile(source := data_file):

@@ -37,20 +37,25 @@ def autocast(device: str):
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
 
 
-def setup(cfg) -> tuple[str, datasets.Data]:
-    """Device and data of a run; seeds torch."""
+def setup(cfg, ckpt: dict | None = None) -> tuple[str, datasets.Data]:
+    """Device and data of a run, which fit the checkpoint it starts from; seeds torch."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
-    return device, load_data(vars(cfg), cfg.data_dir, device)
+    return device, load_data(vars(cfg), device, ckpt)
 
 
-def load_data(config: dict, data_dir: str, device: str) -> datasets.Data:
-    """The dataset a config (of a run or of a checkpoint) describes."""
+def load_data(config: dict, device: str, ckpt: dict | None = None) -> datasets.Data:
+    """The dataset a config (of a run or of a checkpoint) describes. Raises CheckpointError where the networks of `ckpt`
+    were built for other sequences."""
     name = config.get("dataset")
     options = {k: config.get(k) for k in datasets.OPTIONS.get(name, ())}
-    return datasets.load(name, data_dir=data_dir, device=device, **options)
+    task = datasets.load(name, data_dir=config["data_dir"], device=device, **options)
+    if ckpt and any(ckpt["model"].get(k) != getattr(task, k) for k in ("vocab", "n_out", "T")):
+        raise CheckpointError(f"{ckpt['path']}: its networks do not fit the sequences of {name} that its config describes; "
+                              "it is damaged or comes from another version")
+    return task
 
 
 def model_config(cfg, task: datasets.Data) -> ModelConfig:

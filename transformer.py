@@ -7,7 +7,6 @@ every step, so it is no RNN; it says what the data allow. evaluate.py reports it
 runs/transformer-<dataset>.
 """
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +15,6 @@ import flags
 import trainer
 from evaluate import evaluate, summary
 from model import Decoder, cross_entropy
-
-
-@dataclass
-class Config(flags.Config):
-    pass
 
 
 PRESETS = {
@@ -40,7 +34,7 @@ def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def main(argv=None) -> None:
-    cfg, _ = flags.parse(Config, argv, PRESETS, "transformer", __doc__,
+    cfg, _ = flags.parse(flags.Config, argv, PRESETS, "transformer", __doc__,
                          unused=("rnn", "encoder", "mem_tokens", "rnn_layers", "ctx_len", "fut_len"))
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)

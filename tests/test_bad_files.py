@@ -37,6 +37,10 @@ def changed(good, **parts):
     return packed({k: v for k, v in ckpt.items() if v is not GONE})
 
 
+def config_of(good):
+    return torch.load(io.BytesIO(good), weights_only=True)["config"]
+
+
 BAD = {  # (bytes of a good checkpoint, path of the marker) -> bytes of a bad one
     "empty": lambda good, mark: b"",
     "text": lambda good, mark: b"not a checkpoint, though it has\nlines\n",
@@ -57,6 +61,10 @@ BAD = {  # (bytes of a good checkpoint, path of the marker) -> bytes of a bad on
     "size of another type": lambda good, mark: changed(good, model=dict(vocab="8", n_out=3, T=8)),
     "wrong shapes": lambda good, mark: changed(good, model=dict(vocab=8, n_out=3, T=8, d_model=32)),
     "unknown rnn": lambda good, mark: changed(good, model=dict(vocab=8, n_out=3, T=8, rnn="hopfield")),
+    "unknown dataset": lambda good, mark: changed(good, config=config_of(good) | dict(dataset="cifar")),
+    "unknown preset": lambda good, mark: changed(good, config=config_of(good) | dict(preset="huge")),
+    "dataset of another type": lambda good, mark: changed(good, config=config_of(good) | dict(dataset=[1])),
+    "longer sequences": lambda good, mark: changed(good, config=config_of(good) | dict(length=20)),
     "no networks": lambda good, mark: changed(good, encoder=GONE, decoder=GONE, rnn=GONE),
     "empty networks": lambda good, mark: changed(good, encoder={}, decoder={}, rnn={}),
     "networks of another type": lambda good, mark: changed(good, encoder=1, decoder=1, rnn=1),
@@ -95,6 +103,15 @@ def test_a_checkpoint_without_what_resuming_needs(part, command, tiny_smt, tmp_p
     (tmp_path / "ckpt.pt").write_bytes(changed(tiny_smt.read_bytes(), **{part: GONE}))
     code, _, err = command(f"smt.py --resume --steps 9 --out_dir {tmp_path}")
     assert code == 2 and err.count("\n") == 1 and f"{tmp_path}/ckpt.pt" in err and part in err, err
+
+
+@pytest.mark.parametrize("flag", ["decode_own", "ema", "dataset"])
+def test_a_run_of_an_older_version_is_not_resumed_with_new_defaults(flag, command, tiny_smt, tmp_path):
+    """A config that does not say what a flag was is refused: the objective would change silently."""
+    config = {k: v for k, v in config_of(tiny_smt.read_bytes()).items() if k != flag}
+    (tmp_path / "ckpt.pt").write_bytes(changed(tiny_smt.read_bytes(), config=config))
+    code, _, err = command(f"smt.py --resume --steps 9 --out_dir {tmp_path}")
+    assert code == 2 and err.count("\n") == 1 and f"{tmp_path}/ckpt.pt" in err, err
 
 
 def test_a_good_checkpoint_loads_from_anywhere(tiny_smt, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Lesson: where gradients go. SMT and DMT never cross a step of the RNN; BPTT does, as far as it is allowed."""
+"""Lesson: where gradients go. In SMT and DMT none crosses more than one update of the RNN; in BPTT it does, as far as it is allowed."""
 import math
 
 import pytest
@@ -117,3 +117,14 @@ def test_joint_smt_shapes_the_encoder_and_detached_does_not(detach):
     assert moved != detach
     assert rnn.updater.blocks[0].w_qkv.weight.grad.abs().sum() > 0
     assert rnn.readout.head.weight.grad is None and rnn.m0.grad is None  # SMT copies these, it does not train them
+
+
+def test_detached_smt_is_the_decoders_loss_alone():
+    """What shapes the encoder of detached SMT is L_dec on its own memories, whatever the RNN does."""
+    grads = []
+    for changes in (dict(detach_rnn=True, decode_own=0.9, lambda_dyn=5.0), dict(detach_rnn=False, decode_own=0.0, lambda_dyn=0.0)):
+        encoder, decoder, rnn = networks()
+        cfg = smt.Config(lambda_unif=0.0, **changes)
+        smt.objective(encoder, decoder, rnn, *sequences(), torch.tensor([[0, 1, 2], [6, 7, 8]]), cfg, torch.Generator())["loss"].backward()
+        grads.append([p.grad for p in encoder.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import flags
 import images as pictures
 from data import DataError
 
@@ -303,3 +304,45 @@ def test_the_real_sketches(monkeypatch, cache):
         blocks = (255 - grey).view(64, 4, 64, 4).mean((1, 3)) / 255
         assert torch.equal(torch.from_numpy(pictures.read_ink(path, 64)), (blocks >= 0.25).to(torch.uint8))
     assert before == (set(REAL.iterdir()), set((REAL / "sketch/png").iterdir()))
+
+
+# --- the same pictures, the same text, wherever a checkpoint is used --------------------------------------------
+
+def test_own_pictures_stay_those_trained_on(command, tmp_path, monkeypatch):
+    """dmt, evaluate and sample --prefix of a run on own pictures look where it was trained, not where other data lies."""
+    monkeypatch.setattr(pictures, "SHARE", dict(val=30, test=30))
+    mine, other = tmp_path / "pictures", tmp_path / "other"
+    for folder, n in ((mine, 30), (other, 60)):
+        folder.mkdir()
+        for i in range(n):
+            Image.new("L", (8, 8), 255 * (i % 2)).save(folder / f"{i}.png")
+    monkeypatch.setattr(flags.Config, "data_dir", str(other))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("smt.py --dataset images --image_size 8 --data_dir pictures {SIZES} {RUN} --n_val 2 --out_dir run/smt")
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path / "run")
+    assert command("dmt.py --ckpt smt/ckpt.pt {RUN} --n_val 2 --out_dir dmt")[0] == 0
+    used = torch.load("dmt/ckpt.pt", weights_only=True)["config"]["data_dir"]
+    assert used == str(mine)
+    seen = []
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *a, **k: seen.append(k["data_dir"]) or load(*a, **k))
+    assert command("evaluate.py --ckpt dmt/ckpt.pt --n_test 2")[0] == 0
+    assert command("sample.py --ckpt dmt/ckpt.pt --prefix --n 1")[0] == 0
+    assert command(f"evaluate.py --ckpt dmt/ckpt.pt --n_test 2 --data_dir {other}")[0] == 0
+    assert seen == [str(mine), str(mine), str(other)]
+
+
+def test_own_text_stays_the_one_trained_on(command, tmp_path, monkeypatch):
+    """A run on a text of one's own is evaluated from any folder, and finds the text again when it has moved."""
+    (tmp_path / "tale.txt").write_text("once upon a time " * 200)
+    monkeypatch.chdir(tmp_path)
+    assert command("smt.py --dataset text --data_file tale.txt --length 8 {SIZES} {RUN} --n_val 2 --out_dir run")[0] == 0
+    monkeypatch.chdir("run")
+    assert command("evaluate.py --ckpt ckpt.pt --n_test 2")[0] == 0
+    (tmp_path / "tale.txt").rename(tmp_path / "moved.txt")
+    code, _, err = command("evaluate.py --ckpt ckpt.pt --n_test 2")
+    assert code == 2 and "--data_file" in err
+    for line in ("evaluate.py --ckpt ckpt.pt --n_test 2", "bptt.py --init ckpt.pt {RUN} --n_val 2 --out_dir bptt"):
+        code, _, err = command(line + " --data_file ../moved.txt")
+        assert code == 0, err

@@ -14,7 +14,7 @@ def test_smt_then_dmt_learns_retrieval(tmp_path):
               "--out_dir", str(tmp_path / "smt"), *common])
     dmt.main(["--ckpt", str(tmp_path / "smt" / "ckpt.pt"), "--steps", "150", "--out_dir", str(tmp_path / "dmt"), *common])
     ckpt = load_checkpoint(str(tmp_path / "dmt" / "ckpt.pt"))
-    task = load_data(ckpt["config"], str(tmp_path), "cpu")
+    task = load_data(ckpt["config"], "cpu")
     accuracy = evaluate(task, *networks(ckpt, "cpu"), n=500)["accuracy"]
     assert accuracy["teacher"] > 0.98, accuracy
     assert accuracy["rollout"] > 0.98, accuracy  # chance is 0.25
