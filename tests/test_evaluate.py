@@ -107,3 +107,30 @@ def test_evaluation_uses_no_random_numbers():
     state = torch.get_rng_state()
     a, b = (evaluate.evaluate(task, rnn, encoder, decoder, "val") for _ in range(2))
     assert a == b and torch.equal(state, torch.get_rng_state())
+
+
+def test_the_rollout_goes_on_where_labels_end():
+    """With a causal context shorter than the windows the RNN is still scored on all of them, as a BPTT run would be."""
+    task = data.load("pydoc", length=12)
+    encoder, decoder, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=5, fut_len=3, timestamps=False)
+    got, alone = evaluate.evaluate(task, rnn, encoder, decoder, "val", 7), evaluate.evaluate(task, rnn, None, None, "val", 7)
+    assert got["rollout"] == pytest.approx(alone["rollout"]) and got["late"]["rollout"] == pytest.approx(alone["late"]["rollout"])
+    assert len(got["drift_by_time"]) == 5 and got["late"]["teacher"] is None  # no label at t >= 6
+    assert got["rollout"] != pytest.approx(got["late"]["rollout"])
+
+
+def test_late_means_the_second_half():
+    """The loss at t >= T/2, averaged over its targets."""
+    task = data.load("pydoc", length=12)
+    _, _, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=12, timestamps=False)
+    held = task.held_out("val", 7)
+    with torch.no_grad():
+        logp = rnn.logits(rnn.memories(held["x"])).log_softmax(-1).gather(-1, held["y"][..., None])[..., 0]
+    got = evaluate.evaluate(task, rnn, None, None, "val", 7)
+    assert got["late"]["rollout"] == pytest.approx(float(-logp[:, 6:].mean()), rel=1e-4)
+
+
+def test_one_sequence_has_no_standard_error():
+    """With N = 1 there is none to report."""
+    task = data.load("retrieval", length=8)
+    assert evaluate.evaluate(task, networks(vocab=task.vocab, n_out=8, T=8)[2], n=1)["stderr"] is None

@@ -213,3 +213,67 @@ def test_a_failed_write_leaves_the_old_file(error, command, tmp_path, monkeypatc
         assert code == (2 if isinstance(error, OSError) else 130) and err.count("\n") == 1
     assert (tmp_path / "run/ckpt.pt").read_bytes() == old
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+# --- averaged weights -------------------------------------------------------------------------------------
+
+def test_what_is_saved_is_the_average_of_the_weights(command, tmp_path, monkeypatch):
+    """Saved weights follow a <- a d + w (1 - d) with d = min(ema, (step + 1) / (step + 10)); training goes on with w."""
+    seen, update = [], trainer.Run.update
+
+    def record(self):
+        update(self)
+        seen.append([p.detach().clone() for p in self.parameters()])
+
+    monkeypatch.setattr(trainer.Run, "update", record)
+    first, begin = [], trainer.Run.say_hello
+    monkeypatch.setattr(trainer.Run, "say_hello", lambda self: first.extend(p.detach().clone() for p in self.parameters()) or begin(self))
+    code, _, err = command("bptt.py {TINY} --steps 20 --ema 0.6 --lr 0.02 --eval_every 7 --out_dir {out}", out=tmp_path)
+    assert code == 0, err
+    average = first
+    for step, weights in enumerate(seen):
+        d = min(0.6, (step + 1) / (step + 10))
+        average = [a * d + w * (1 - d) for a, w in zip(average, weights)]
+    ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    names = [name for name, _ in model.load(str(tmp_path / "ckpt.pt")).named_parameters()]
+    assert all(torch.allclose(ckpt["rnn"][name], a, atol=1e-5) for name, a in zip(names, average, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ckpt["newest"], seen[-1], strict=True))
+    assert not torch.equal(ckpt["newest"][0], average[0])
+
+
+def test_averaging_does_not_disturb_training(command, tmp_path):
+    """With and without an average the newest weights are the same, and without one they are what is saved."""
+    ckpts = []
+    for ema in ("0.9", "0"):
+        code, _, err = command("smt.py {TINY} --steps 6 --eval_every 2 --ema {ema} --out_dir {out}/{ema}", ema=ema, out=tmp_path)
+        assert code == 0, err
+        ckpts.append(torch.load(tmp_path / ema / "ckpt.pt", weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(ckpts[0]["newest"], ckpts[1]["newest"], strict=True))
+    saved = [ckpts[1][net][name] for net in ("encoder", "decoder") for name in ckpts[1][net]]
+    assert all(torch.equal(a, b) for a, b in zip(saved, ckpts[1]["newest"]))
+
+
+def test_a_failed_evaluation_leaves_the_newest_weights(command, tmp_path, monkeypatch):
+    """Averages are swapped in only while they are looked at, whatever happens then."""
+    class Broken(Exception):
+        pass
+
+    seen, update = [], trainer.Run.update
+
+    def record(self):
+        update(self)
+        seen[:] = [self.parameters(), [p.detach().clone() for p in self.parameters()], self.average]
+
+    def fail(*a, **k):
+        assert torch.equal(seen[0][0], average[0])  # here the networks hold the average
+        raise Broken
+
+    monkeypatch.setattr(trainer.Run, "update", record)
+    monkeypatch.setattr("bptt.evaluate", lambda *a, **k: fail())
+    average = []
+    check = trainer.Run.check_weights
+    monkeypatch.setattr(trainer.Run, "check_weights", lambda self: average.extend(a.clone() for a in self.average) or check(self))
+    with pytest.raises(Broken):
+        command("bptt.py {TINY} --steps 3 --lr 0.1 --warmup 0 --out_dir {out}", out=tmp_path)
+    weights, newest, _ = seen
+    assert all(torch.equal(a, b) for a, b in zip(weights, newest)) and not torch.equal(newest[0], average[0])
