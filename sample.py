@@ -129,11 +129,11 @@ def stories(rnn: RNN, n: int, chars: int, gen: torch.Generator, temperature: flo
 
 @torch.no_grad()
 def answers(task: datasets.Data, rnn: RNN, n: int) -> str:
-    """Test sequences and what the RNN, reading them alone, answers where there is a target."""
+    """Test sequences with their targets, and below each what the RNN, reading it alone, answers."""
     held = task.held_out("test", n)
     x, y = held["x"], held["y"]
     guess = rnn.logits(rnn.memories(x)).argmax(-1).where(y >= 0, -1)
-    return "".join(f"{task.show(a, b)} | RNN says {[int(v) for v in g[b >= 0]]}\n" for a, b, g in zip(x, y, guess))
+    return "".join(f"{task.show(a, b)}\n{task.show(a, g)}   says the RNN\n" for a, b, g in zip(x, y, guess))
 
 
 def main(argv=None) -> None:
