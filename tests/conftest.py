@@ -11,11 +11,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+import data  # noqa: E402
 import flags  # noqa: E402
 
 TASK = "--dataset retrieval --length 8 --symbols 3"
 SIZES = "--d_model 16 --n_heads 2 --dec_layers 1"  # what every script understands
 RUN = "--preset laptop --device cpu --batch_size 4 --steps 3"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """No test writes to the home folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(data, "CACHE", str(folder))
+    return folder
 
 
 def run_command(monkeypatch, capsys, line):

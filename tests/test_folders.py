@@ -16,14 +16,6 @@ import images as pictures
 from data import DataError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """No test writes to the home folder."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(data, "CACHE", str(folder))
-    return folder
-
-
 @pytest.fixture
 def album(tmp_path):
     """A folder with 60 pictures of 16x16, in subfolders: number i is written in binary in the first row's blocks."""

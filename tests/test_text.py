@@ -43,14 +43,6 @@ def files(folder):
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """No test writes to the home folder."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(data, "CACHE", str(folder))
-    return folder
-
-
 @pytest.fixture
 def tales(tmp_path):
     """A folder with a small TinyStories."""
