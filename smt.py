@@ -37,7 +37,7 @@ class Config(flags.Config):
 PRESETS = {
     ("laptop", "mnist"): dict(minutes=15.0),
     ("laptop", "text"): dict(minutes=12.0),
-    ("laptop", "sketchy"): dict(minutes=10.0, batch_size=12, n_val=40),
+    ("laptop", "sketchy"): dict(minutes=10.0, batch_size=12, n_val=40, fut_len=40, runs=1),  # Tf: more than a row
     ("laptop", "synthetic"): dict(minutes=6.0, runs=1, decode_own=0.0),  # a decoder pass over a whole future is long
     "gpu": dict(minutes=12.0),
     "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, decode_own=0.0, steps=150_000, warmup=1500, decay=False, runs=1, run_len=2, micro=4),
