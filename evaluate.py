@@ -28,10 +28,11 @@ COLUMNS = ("teacher", "one_step", "rollout")
 
 
 class Score:
-    """Sums of one column over batches: nats, nats from time `late` on, correct answers, KL to the exact posterior."""
+    """Sums of one column over batches: nats, nats from time `late_from` on, correct answers, KL to the exact posterior."""
 
-    def __init__(self, per_sequence: bool, late: int):
-        self.per_sequence, self.half, self.nats, self.late, self.right, self.excess = per_sequence, late, [], [], [], []
+    def __init__(self, per_sequence: bool, late_from: int):
+        self.per_sequence, self.late_from = per_sequence, late_from
+        self.nats, self.late, self.right, self.excess = [], [], [], []
 
     def add(self, logits: Tensor, y: Tensor, clean: Tensor | None, posterior: Tensor | None) -> None:
         """logits (B, L, V) float, y and clean (B, L) with -1 = no target, posterior (B, L, V)."""
@@ -40,8 +41,8 @@ class Score:
         count = 1 if self.per_sequence else valid.sum(1).clamp(min=1)
         each = -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * valid
         self.nats.append(each.sum(1) / count)
-        if self.half < y.shape[1]:
-            self.late.append(each[:, self.half:].sum(1) / valid[:, self.half:].sum(1).clamp(min=1))
+        if self.late_from < y.shape[1]:
+            self.late.append(each[:, self.late_from:].sum(1) / valid[:, self.late_from:].sum(1).clamp(min=1))
         if clean is not None:
             self.right.append(((logp.argmax(-1) == clean) & valid).sum(1) / count)
         if posterior is not None:

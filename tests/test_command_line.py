@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import images
 import flags
 import trainer
