@@ -90,8 +90,11 @@ def own_memories(rnn: RNN, labels: Tensor, x: Tensor, horizon: int, offset: int,
 
 def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tensor, m_label: Tensor, x_fut: Tensor,
               y_fut: Tensor, variance: Tensor, cfg: Config) -> dict[str, Tensor]:
-    """Eq. 6, and Eq. 2 on the RNN's memory, on N pairs: own memory m_own = m_{t-1} (N, K, d) and x_now = x_t (N,) at t (N,) should give the
-    encoder's m_label = m_t (N, K, d). x_fut (N, Tf-1), y_fut (N, Tf) are the futures of t. Named scalars."""
+    """Eq. 6, and Eq. 2 on the RNN's memory, on N pairs. Named scalars.
+
+    Own memory m_own = m_{t-1} (N, K, d) and x_now = x_t (N,) at t (N,) should give the encoder's m_label = m_t (N, K, d)
+    and predict y_fut (N, Tf) given x_fut (N, Tf-1), the futures of t.
+    """
     m = rnn.update(m_own.detach(), x_now, t)
     mse = F.mse_loss(m.float(), m_label.float()) / variance                     # Eq. 6; 1 = no better than the mean
 
