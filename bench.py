@@ -10,7 +10,8 @@ The reference's way, for the same networks and the same data:
           graph too; backpropagation through everything; one optimiser step
 
 Ours is what smt.py and dmt.py do with their presets. A labelled transition is a pair (m_{t-1}, x_t) -> m_t with a label
-from the encoder that an optimiser step learns from; both ways process whole batches and end with an AdamW step.
+from the encoder that an optimiser step learns from; both ways process whole batches and
+end with an optimiser step, ours of the preset's optimiser, the reference's of AdamW.
 """
 import argparse
 import json
@@ -71,13 +72,17 @@ class Bench:
         self.encoder, self.decoder, self.rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
         self.gen = torch.Generator().manual_seed(0)
         self.times = torch.arange(self.task.T)
-        params = [p for net in (self.encoder, self.decoder, self.rnn) for p in net.parameters()]
-        self.optimizer = torch.optim.AdamW(params, lr=1e-5, fused=device != "mps")
+        nets = dict(encoder=self.encoder, decoder=self.decoder, rnn=self.rnn)
+        params = [p for net in nets.values() for p in net.parameters()]
+        self.smt.lr = 1e-5  # a benchmark goes nowhere
+        self.optimizers = trainer.make_optimizers(self.smt, nets, [params], device)
+        self.adamw = [torch.optim.AdamW(params, lr=1e-5, fused=device != "mps")]
 
-    def learn(self, loss: Tensor) -> None:
+    def learn(self, loss: Tensor, optimizers: list) -> None:
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def smt_ours(self, runs: int | None = None, run_len: int | None = None) -> int:
         """Returns the number of labelled transitions."""
@@ -86,7 +91,7 @@ class Bench:
         times = smt.sample_times(self.task.T, runs or cfg.runs, run_len or cfg.run_len, self.gen)
         with trainer.autocast(self.device):
             loss = smt.objective(self.encoder, self.decoder, self.rnn, x, y, times, cfg, self.gen)["loss"]
-        self.learn(loss)
+        self.learn(loss, self.optimizers)
         return len(x) * times.shape[0] * (times.shape[1] - 1)
 
     def smt_reference(self) -> int:
@@ -94,7 +99,7 @@ class Bench:
         t = int(torch.randint(1, self.task.T, (), generator=self.gen))
         with trainer.autocast(self.device):
             loss = reference_smt(self.encoder, self.decoder, self.rnn, x, y, t, self.smt)
-        self.learn(loss)
+        self.learn(loss, self.adamw)
         return len(x)
 
     def dmt_ours(self) -> int:
@@ -112,14 +117,14 @@ class Bench:
             with trainer.autocast(self.device):
                 loss = dmt.objective(self.decoder, self.rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t],
                                      variance, cfg)["loss"]
-            self.learn(loss)
+            self.learn(loss, self.optimizers)
         return max(1, len(order) // cfg.pairs) * min(cfg.pairs, len(order))
 
     def dmt_reference(self) -> int:
         x, y = self.task.batch(self.dmt.batch_size, self.gen)
         with trainer.autocast(self.device):
             loss = reference_dmt(self.encoder, self.rnn, x, y)
-        self.learn(loss)
+        self.learn(loss, self.adamw)
         return len(x) * (self.task.T // LABEL_EVERY)
 
     def bptt(self) -> int:
@@ -127,7 +132,7 @@ class Bench:
         x, y = self.task.batch(self.smt.batch_size, self.gen)
         with trainer.autocast(self.device):
             loss = bptt.objective(self.rnn, None, x, y, 0)[0]["loss"]
-        self.learn(loss)
+        self.learn(loss, self.optimizers)
         return len(x) * (self.task.T - 1)
 
 

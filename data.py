@@ -34,7 +34,7 @@ class DataError(Exception):
 
 # What each dataset understands, with defaults; the command line offers the same names as flags.
 OPTIONS = {
-    "glyphs": dict(image_size=12, glyphs="0123456789", jitter=0.5),
+    "glyphs": dict(image_size=12, glyphs="0123456789", jitter=0.35),
     "mnist": dict(image_size=28, levels=2, binarize=None),  # binarize None: static at 28x28, threshold at 14x14
     "sketchy": dict(image_size=32),
     "images": dict(image_size=32),  # any pictures below data_dir

@@ -70,6 +70,24 @@ def model_config(cfg, task: datasets.Data) -> ModelConfig:
                                       fut_len=cut(cfg.fut_len), timestamps=cfg.timestamps and task.timestamps))
 
 
+def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]], device: str) -> list:
+    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon, which steps along the orthogonalised
+    momentum, for the matrices w_* of blocks, and that AdamW for the rest: embeddings, registers, m_0, heads, GRU cells.
+
+    Muon's steps are scaled to the size of AdamW's, so both take one learning rate. Raises UsageError."""
+    rest, matrices = [p for group in trained for p in group], []
+    if cfg.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            fail(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; give --optimizer adamw")
+        inside = {id(p) for net in nets.values() for name, p in net.named_parameters() if "w_" in name and p.ndim == 2}
+        matrices = [p for p in rest if id(p) in inside]
+        rest = [p for p in rest if id(p) not in inside]
+    out = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=device != "mps")] if rest else []
+    if matrices:
+        out.append(torch.optim.Muon(matrices, lr=cfg.lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return out
+
+
 # ------------------------------------------------------------------------------------------------ the run
 
 class Run:
@@ -88,9 +106,7 @@ class Run:
                  refresh=lambda: None, every: int = 1):
         self.cfg, self.script, self.nets, self.model, self.task, self.device = cfg, script, nets, model, task, device
         self.validate, self.draw, self.select, self.refresh, self.every = validate, draw, select, refresh, every
-        # the paper's recipe: AdamW, betas (0.9, 0.95), weight decay 0.01
-        self.optimizer = torch.optim.AdamW([dict(params=g) for g in trained], lr=cfg.lr, betas=(0.9, 0.95),
-                                           weight_decay=0.01, fused=device != "mps")
+        self.trained, self.optimizers = trained, make_optimizers(cfg, nets, trained, device)
         self.average = [p.detach().clone() for p in self.parameters()] if cfg.ema else []
         self.gen = torch.Generator().manual_seed(cfg.seed)  # all randomness of training; evaluation has its own
         self.step, self.spent, self.best = 0, 0.0, math.inf
@@ -139,7 +155,7 @@ class Run:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
-        return [p for g in self.optimizer.param_groups for p in g["params"]]
+        return [p for group in self.trained for p in group]
 
     def elapsed(self) -> float:
         return self.spent + time.time() - self.began
@@ -161,8 +177,8 @@ class Run:
                 scale = min(1.0, (self.step + 1) / max(1, c.warmup))
                 if c.decay:
                     scale *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-                for g in self.optimizer.param_groups:
-                    g["lr"] = c.lr * scale
+                for optimizer in self.optimizers:
+                    optimizer.param_groups[0]["lr"] = c.lr * scale
                 yield self.step
                 self.step += 1
                 if self.step % c.log_every == 0:
@@ -198,11 +214,11 @@ class Run:
 
     def update(self) -> None:
         """Clip each group's gradient to norm 1 by itself and take the optimiser's step."""
-        for g in self.optimizer.param_groups:
-            size = nn.utils.clip_grad_norm_(g["params"], 1.0)
-            self.sums["grad"] = self.sums.get("grad", 0.0) + size
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.trained:
+            self.sums["grad"] = self.sums.get("grad", 0.0) + nn.utils.clip_grad_norm_(group, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.sums["count"] = self.sums.get("count", 0) + 1
         decay = min(self.cfg.ema, (self.step + 1) / (self.step + 10))  # a short memory at first
         for slow, fast in zip(self.average, self.parameters()):
@@ -227,7 +243,7 @@ class Run:
         c, now, count = self.cfg, time.time(), self.sums.pop("count")
         means, self.sums = {k: float(v) / count for k, v in self.sums.items()}, {}
         self.demand_finite(means)
-        rate, lr = count / max(now - self.last_log, 1e-9), self.optimizer.param_groups[0]["lr"]
+        rate, lr = count / max(now - self.last_log, 1e-9), self.optimizers[0].param_groups[0]["lr"]
         self.last_log = now
         left = [(c.steps - self.step) / rate] * bool(c.steps) + [c.minutes * 60 - self.elapsed()] * bool(c.minutes)
         line = f"step {self.step}{f'/{c.steps}' if c.steps else ''} | " + \
@@ -286,7 +302,7 @@ class Run:
 
     def save(self) -> None:
         self.check_weights()
-        full = dict(optimizer=self.optimizer.state_dict(), elapsed=self.elapsed(), best=self.best, history=self.history,
+        full = dict(optimizers=[o.state_dict() for o in self.optimizers], elapsed=self.elapsed(), best=self.best, history=self.history,
                     sums=self.sums, rng=self.gen.get_state(), torch_rng=torch.get_rng_state(),
                     newest=[p.detach().clone() for p in self.parameters()])
         with self.averaged():
@@ -304,7 +320,8 @@ class Run:
             with torch.no_grad():
                 for p, newest in zip(self.parameters(), ckpt["newest"], strict=True):
                     p.copy_(newest)
-            self.optimizer.load_state_dict(ckpt["optimizer"])
+            for optimizer, state in zip(self.optimizers, ckpt["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.step, self.spent, self.best = ckpt["step"], ckpt["elapsed"], ckpt["best"]
             self.history, self.sums, self.metrics = ckpt["history"], ckpt["sums"], ckpt["metrics"]
             self.gen.set_state(ckpt["rng"])

@@ -97,7 +97,7 @@ def test_the_malicious_pickle_is_malicious(tmp_path):
     assert (tmp_path / "mark").is_dir()
 
 
-@pytest.mark.parametrize("part", ["optimizer", "rng", "torch_rng", "history", "encoder", "elapsed"])
+@pytest.mark.parametrize("part", ["optimizers", "rng", "torch_rng", "history", "encoder", "elapsed"])
 def test_a_checkpoint_without_what_resuming_needs(part, command, tiny_smt, tmp_path):
     """A checkpoint made for sampling, or damaged, is refused by --resume with one line instead of half-loaded."""
     (tmp_path / "ckpt.pt").write_bytes(changed(tiny_smt.read_bytes(), **{part: GONE}))

@@ -116,10 +116,10 @@ def test_retrieval_prefix_holds_across_chunks():
 # --- glyphs ----------------------------------------------------------------------------------------------
 
 def test_glyphs_are_many_shapes_of_few_characters():
-    """Jitter makes nearly every picture a new one; without it a font and a character make one picture."""
+    """Jitter makes most pictures new ones; without it a font and a character make one picture."""
     jittered = data.load("glyphs").held_out("test")["y"]
     assert len(jittered) == pictures.GLYPH_COUNT["test"]
-    assert len(jittered.unique(dim=0)) > 0.95 * len(jittered)
+    assert len(jittered.unique(dim=0)) > 0.8 * len(jittered)
     assert 0.1 < jittered.float().mean() < 0.35 and (jittered.sum(1) > 5).all()
     plain = data.load("glyphs", jitter=0, glyphs="17").held_out("test")["y"]
     assert 2 < len(plain.unique(dim=0)) <= 2 * len(pictures.FONTS)
