@@ -115,8 +115,8 @@ class Bench:
         for pick in order.split(cfg.pairs)[:max(1, len(order) // cfg.pairs)]:
             b, t = (v.to(self.device) for v in (pick // (T - 1), pick % (T - 1) + 1))
             with trainer.autocast(self.device):
-                loss = dmt.objective(self.decoder, self.rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t],
-                                     variance, cfg)["loss"]
+                loss = dmt.objective(self.decoder, self.rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t],
+                                     y_fut[b, t], variance, cfg)["loss"]
             self.learn(loss, self.optimizers)
         return max(1, len(order) // cfg.pairs) * min(cfg.pairs, len(order))
 
@@ -166,8 +166,10 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = flags.fail
-    p.add_argument("--preset", choices=flags.SIZES, default="laptop", help="sizes of networks and batches (default: %(default)s)")
-    p.add_argument("--dataset", choices=[d for d in datasets.OPTIONS if d not in ("text", "images")], default="mnist", help="(default: %(default)s)")
+    p.add_argument("--preset", choices=flags.SIZES, default="laptop",
+                   help="sizes of networks and batches (default: %(default)s)")
+    p.add_argument("--dataset", choices=[d for d in datasets.OPTIONS if d not in ("text", "images")], default="mnist",
+                   help="(default: %(default)s)")
     p.add_argument("--data_dir", default=flags.Config().data_dir, help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
@@ -198,7 +200,8 @@ def main(argv=None) -> None:
                   f"{t2 / t1:.2f}x a call, {rows[-1]['per_transition']:.1f}x a transition", flush=True)
     out = dict(preset=a.preset, dataset=a.dataset, T=b.task.T, device=device, threads=torch.get_num_threads(),
                torch=torch.__version__, gflops=rate / 1e9, rows=rows)
-    print(json.dumps(out) if a.json else f"large matrix product: {rate / 1e9:.0f} GFLOP/s, {out['threads']} threads, T = {out['T']}")
+    print(json.dumps(out) if a.json else
+          f"large matrix product: {rate / 1e9:.0f} GFLOP/s, {out['threads']} threads, T = {out['T']}")
 
 
 if __name__ == "__main__":

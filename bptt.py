@@ -24,7 +24,8 @@ from sample import draw_samples
 @dataclass
 class Config(flags.Config):
     truncate: int = flag(0, "steps a gradient may cross; 0 = all of them")
-    recompute: int = flag(0, "keep only every so many-th memory and compute the rest again in the backward pass; 0 = keep all")
+    recompute: int = flag(0, "keep only every so many-th memory and compute the rest again in the backward pass; "
+                          "0 = keep all")
     init: str = flag("", "checkpoint to start from; empty = from scratch")
 
 
@@ -39,7 +40,8 @@ PRESETS = {
 }
 
 
-def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int, recompute: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
+              recompute: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """Cross-entropy of the readout along a rollout (Eq. 1) with its whole graph.
 
     m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"; x, y (B, S) int64 are
@@ -63,7 +65,8 @@ def main(argv=None) -> None:
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
         if rnn is None:
-            flags.fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
+            flags.fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or "
+                       "bptt.py")
         c = rnn.c
     else:
         c = trainer.model_config(cfg, task)

@@ -31,8 +31,8 @@ class Config(flags.Config):
     detach_dec: bool = flag(False, "the gradient of that loss stays in the readout and does not reach the updater")
     lambda_kl: float = flag(0.0, "weight of the prediction-space loss: KL of the decoder's futures")
     lambda_mse: float = flag(0.1, "weight of Eq. 6, divided by the variance of the encoder's memories")
-    tube: float = flag(0.0, "put the RNN back on the encoder's memory when it is further off than this part of the variance; "
-                       "0 = never")
+    tube: float = flag(0.0, "put the RNN back on the encoder's memory when it is further off than this part of the "
+                       "variance; 0 = never")
     pairs: int = flag(512, "transitions an optimiser step regresses on")
     decode: int = flag(128, "of these, how many futures are decoded; 0 = all of them")
     horizon: int = flag(0, "most steps the RNN runs on its own; grows to this during the run; 0 = the whole sequence")
@@ -47,7 +47,8 @@ PRESETS = {
     ("laptop", "sketchy"): dict(minutes=5.0, batch_size=12, n_val=40),
     ("laptop", "synthetic"): dict(minutes=4.0, pairs=512, decode=32, tube=0.5, lambda_dec=0.1, lambda_mse=1.0),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, decode=1024, minutes=5.0),
-    "paper": dict(lr=3e-5, batch_size=32, decode=0, detach_dec=True, lambda_mse=10.0, steps=1500, warmup=15, horizon=256, pairs=4096),
+    "paper": dict(lr=3e-5, batch_size=32, decode=0, detach_dec=True, lambda_mse=10.0, steps=1500, warmup=15, horizon=256,
+                  pairs=4096),
 }
 
 
@@ -157,7 +158,8 @@ def main(argv=None) -> None:
         pick = order[step % steps_a_round * cfg.pairs:][:cfg.pairs]
         b, t = (v.to(device) for v in (pick // (T - 1), pick % (T - 1) + 1))
         with trainer.autocast(device):
-            losses = objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance, cfg)
+            losses = objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance,
+                               cfg)
         run.backward(losses)
         run.update()
     print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")

@@ -74,7 +74,8 @@ class Config:
     minutes: float = flag(4.75, "length of the run in minutes, all resumes together; 0 = no limit", "length")
     stop_after: float = flag(0.0, "end this call after so many minutes, saved and resumable; 0 = never", "length")
     batch_size: int = flag(24, "sequences a step")
-    optimizer: str = flag("muon", "muon for the matrices and AdamW for the rest, or adamw for all", choices=("muon", "adamw"))
+    optimizer: str = flag("muon", "muon for the matrices and AdamW for the rest, or adamw for all",
+                          choices=("muon", "adamw"))
     lr: float = flag(5e-3, "peak learning rate; adamw wants about a quarter of what muon takes")
     warmup: int = flag(50, "steps of linear warm-up")
     decay: bool = flag(True, "cosine decay of the learning rate to 5 %% of its peak at the end of the run")

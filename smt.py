@@ -26,11 +26,13 @@ class Config(flags.Config):
     lambda_dec: float = flag(1.0, "weight of the decoder's loss, Eq. 2")
     lambda_dyn: float = flag(0.3, "weight of the one-step dynamics loss, Eq. 3")
     lambda_unif: float = flag(0.001, "weight of the uniformity loss, Eq. 4")
-    detach_rnn: bool = flag(False, "detached SMT: nothing of the RNN shapes the memories; no gradient of L_dyn, no --decode_own")
+    detach_rnn: bool = flag(False, "detached SMT: nothing of the RNN shapes the memories: no gradient of L_dyn to them, no "
+                             "--decode_own")
     runs: int = flag(2, "runs of consecutive times in each sequence")
     run_len: int = flag(8, "times in a run; each run holds run_len - 1 transitions")
     chain: float = flag(0.9, "probability that a transition starts from the RNN's own memory; 0 = the paper's Eq. 3")
-    decode_own: float = flag(0.5, "probability that the decoder reads what the RNN made of m_t instead of m_t; 0 = the paper's Eq. 2")
+    decode_own: float = flag(0.5, "probability that the decoder reads what the RNN made of m_t instead of m_t; 0 = the "
+                              "paper's Eq. 2")
     decode: int = flag(0, "memories of each sequence that the decoder reads, a random choice from its runs; 0 = all of them")
     micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
 
@@ -41,7 +43,8 @@ PRESETS = {
     ("laptop", "sketchy"): dict(minutes=10.0, batch_size=12, n_val=40, fut_len=40, runs=1),  # Tf: more than a row
     ("laptop", "synthetic"): dict(minutes=6.0, batch_size=64, runs=1, decode=1, decode_own=0.0),  # a whole future is long
     "gpu": dict(minutes=12.0),
-    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, decode_own=0.0, steps=150_000, warmup=1500, decay=False, runs=1, run_len=2, micro=4),
+    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, decode_own=0.0, steps=150_000, warmup=1500, decay=False,
+                  runs=1, run_len=2, micro=4),
     # as in the paper, synthetic tasks train many memories of each sequence
     ("paper", "synthetic"): dict(lambda_dyn=0.1, lambda_unif=0.001, runs=8, micro=1),
 }

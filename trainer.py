@@ -302,8 +302,8 @@ class Run:
 
     def save(self) -> None:
         self.check_weights()
-        full = dict(optimizers=[o.state_dict() for o in self.optimizers], elapsed=self.elapsed(), best=self.best, history=self.history,
-                    sums=self.sums, rng=self.gen.get_state(), torch_rng=torch.get_rng_state(),
+        full = dict(optimizers=[o.state_dict() for o in self.optimizers], elapsed=self.elapsed(), best=self.best,
+                    history=self.history, sums=self.sums, rng=self.gen.get_state(), torch_rng=torch.get_rng_state(),
                     newest=[p.detach().clone() for p in self.parameters()])
         with self.averaged():
             self.refresh()
