@@ -1,9 +1,14 @@
 """Lesson: it works. Memory supervised by a Transformer teaches an RNN to remember, without a rollout."""
+import pytest
+import tiny
+import torch
+
 import dmt
 import smt
 from evaluate import evaluate, networks
+from flags import UsageError
 from model import load_checkpoint
-from trainer import load_data
+from trainer import load_data, make_optimizers
 
 
 def test_smt_then_dmt_learns_retrieval(tmp_path):
@@ -18,3 +23,39 @@ def test_smt_then_dmt_learns_retrieval(tmp_path):
     accuracy = evaluate(task, *networks(ckpt, "cpu"), n=500)["accuracy"]
     assert accuracy["teacher"] > 0.98, accuracy
     assert accuracy["rollout"] > 0.98, accuracy  # chance is 0.25
+
+
+@pytest.mark.parametrize("rnn", ["transformer", "mlp", "gru"])
+def test_muon_takes_the_matrices_and_adamw_the_rest(rnn):
+    """Every trained parameter has exactly one optimiser; no embedding, register, m_0 or head is orthogonalised."""
+    nets = dict(zip(("encoder", "decoder", "rnn"), tiny.networks(rnn=rnn)))
+    groups = [[*nets["encoder"].parameters(), *nets["decoder"].parameters()], [*nets["rnn"].updater.parameters()]]
+    names = {id(p): f"{net}.{name}" for net in nets for name, p in nets[net].named_parameters()}
+    trained = {names[id(p)] for group in groups for p in group}
+    taken = [{names[id(p)] for g in optimizer.param_groups for p in g["params"]}
+             for optimizer in make_optimizers(smt.Config(), nets, groups, "cpu")]
+    assert taken[0] | taken[1] == trained and not taken[0] & taken[1]
+    assert not [name for name in taken[1] if any(w in name for w in ("symbol", "time", "registers", "m0", "head", "bias"))]
+    assert {"encoder.blocks.0.w_qkv.weight", "decoder.blocks.1.w_down.weight"} <= taken[1]
+    one, = make_optimizers(smt.Config(optimizer="adamw"), nets, groups, "cpu")
+    assert {names[id(p)] for g in one.param_groups for p in g["params"]} == trained
+
+
+def test_a_step_of_muon_is_orthogonal():
+    """Its step on a square matrix has nearly equal singular values, however unequal those of the gradient are."""
+    torch.manual_seed(0)
+    block = torch.nn.ModuleDict(dict(w_a=torch.nn.Linear(16, 16, bias=False)))
+    w = block["w_a"].weight
+    before = w.detach().clone()
+    optimizer, = make_optimizers(smt.Config(lr=1.0), dict(net=block), [[w]], "cpu")
+    u, v = torch.linalg.svd(torch.randn(16, 16))[::2]
+    w.grad = u @ torch.logspace(0, -1.3, 16).diag() @ v                         # singular values from 1 to 1/20
+    optimizer.step()
+    spread = torch.linalg.svdvals(w.detach() - before)
+    assert spread[0] / spread[-1] < 2
+
+
+def test_an_old_torch_without_muon_is_told_what_to_do(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UsageError, match="--optimizer adamw"):
+        make_optimizers(smt.Config(), {}, [[]], "cpu")
