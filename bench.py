@@ -59,7 +59,7 @@ def reference_dmt(encoder: Encoder, rnn: RNN, x: Tensor, y: Tensor) -> Tensor:
 class Bench:
     """Networks, data and optimiser of a laptop or GPU run, and one callable for every thing to time."""
 
-    def __init__(self, preset: str, dataset: str, device: str, data_dir: str, **task):
+    def __init__(self, preset: str, dataset: str, device: str, data_dir: str, compile: bool = False, **task):
         self.device = device
         own = ["--device", device, "--preset", preset, "--dataset", dataset, "--data_dir", data_dir, "--steps", "1"]
         own += [w for k, v in task.items() for w in (f"--{k}", str(v))]
@@ -74,6 +74,8 @@ class Bench:
         self.times = torch.arange(self.task.T)
         nets = dict(encoder=self.encoder, decoder=self.decoder, rnn=self.rnn)
         params = [p for net in nets.values() for p in net.parameters()]
+        if compile:
+            trainer.compile_blocks(nets)
         self.smt.lr = 1e-5  # a benchmark goes nowhere
         self.optimizers = trainer.make_optimizers(self.smt, nets, [params], device)
         self.adamw = [torch.optim.AdamW(params, lr=1e-5, fused=device != "mps")]
@@ -174,6 +176,7 @@ def main(argv=None) -> None:
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
     p.add_argument("--seconds", type=float, default=60.0, help="for each comparison (default: %(default)s)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks, for both ways (default: eager)")
     p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
     flags.demand("threads", a.threads, 0, flags.MOST_THREADS)
@@ -181,7 +184,7 @@ def main(argv=None) -> None:
     if a.threads:
         torch.set_num_threads(a.threads)
     device = flags.pick_device(a.device)
-    b = Bench(a.preset, a.dataset, device, a.data_dir)
+    b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile)
     pairs = {
         "SMT": ("ours", b.smt_ours, "reference", b.smt_reference),
         "SMT, one transition a sequence": ("ours", lambda: b.smt_ours(1, 2), "reference", b.smt_reference),
@@ -199,7 +202,7 @@ def main(argv=None) -> None:
             print(f"{what:32} {one}: {t1 * 1e3:.0f} ms for {n1:,} transitions | {other}: {t2 * 1e3:.0f} ms for {n2:,} | "
                   f"{t2 / t1:.2f}x a call, {rows[-1]['per_transition']:.1f}x a transition", flush=True)
     out = dict(preset=a.preset, dataset=a.dataset, T=b.task.T, device=device, threads=torch.get_num_threads(),
-               torch=torch.__version__, gflops=rate / 1e9, rows=rows)
+               torch=torch.__version__, compile=a.compile, gflops=rate / 1e9, rows=rows)
     print(json.dumps(out) if a.json else
           f"large matrix product: {rate / 1e9:.0f} GFLOP/s, {out['threads']} threads, T = {out['T']}")
 

@@ -70,6 +70,13 @@ def model_config(cfg, task: datasets.Data) -> ModelConfig:
                                       fut_len=cut(cfg.fut_len), timestamps=cfg.timestamps and task.timestamps))
 
 
+def compile_blocks(nets: dict[str, nn.Module]) -> None:
+    """torch.compile both halves of every Transformer block, once for all lengths; state_dict keeps its names."""
+    for block in (b for net in nets.values() for b in net.modules() if hasattr(b, "w_qkv")):
+        block.qkv = torch.compile(block.qkv, dynamic=True)
+        block.mix = torch.compile(block.mix, dynamic=True)
+
+
 def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]], device: str) -> list:
     """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon, which steps along the orthogonalised
     momentum, for the matrices w_* of blocks, and that AdamW for the rest: embeddings, registers, m_0, heads, GRU cells.
@@ -120,10 +127,7 @@ class Run:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
         if cfg.compile:
-            for net in nets.values():
-                for block in (b for b in net.modules() if hasattr(b, "w_qkv")):
-                    block.qkv = torch.compile(block.qkv, dynamic=True)
-                    block.mix = torch.compile(block.mix, dynamic=True)
+            compile_blocks(nets)
         self.say_hello()
 
     def path(self, name: str) -> str:

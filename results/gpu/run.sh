@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Half an hour or more on one CUDA GPU, in calls of at most ten minutes. From the project's root:
+#
+#     bash results/gpu/run.sh bench | mnist | mnist-bptt | tasks | text | sketchy
+#
+# A stage that was cut off goes on where it stopped when it is called again, and prints its tables at the end. Weights that
+# may be kept are written in half precision. Settings, all from the environment:
+#
+#     OUT=runs/gpu   where everything goes        CALL=9    minutes after which a run stops itself and can be resumed
+#     SCALE=1        factor on all minutes        FLAGS=""  added to every new run: FLAGS="--preset laptop" tries it on a CPU
+#     BENCH="--preset gpu"   flags of bench.py
+set -eu
+OUT=${OUT:-runs/gpu} CALL=${CALL:-9} SCALE=${SCALE:-1} FLAGS=${FLAGS:-}
+began=$SECONDS
+
+minutes() { awk "BEGIN { print $1 * $SCALE }"; }
+
+# train NAME SCRIPT MINUTES FLAGS..: start the run, or resume it; gives up for now when the call's time is over
+train() {
+    local name=$1 script=$2 budget; budget=$(minutes "$3"); shift 3
+    local left; left=$(awk "BEGIN { l = $CALL - ($SECONDS - $began) / 60; print (l > 0.1) ? l : 0 }")
+    [ "$left" != 0 ] || { echo "the call's $CALL minutes are over before $name; call the stage again"; exit 0; }
+    if [ -e "$OUT/$name/finished" ]; then return; fi
+    if [ -e "$OUT/$name/ckpt.pt" ]; then
+        python "$script.py" --out_dir "$OUT/$name" --resume --stop_after "$left"
+    else
+        python "$script.py" "$@" --minutes "$budget" --out_dir "$OUT/$name" --stop_after "$left" $FLAGS
+    fi | tee -a "$OUT/$name.log"
+    grep -q "^done:" "$OUT/$name.log" || { echo "$name is not done; call the stage again"; exit 0; }
+    touch "$OUT/$name/finished"
+}
+
+table() { python evaluate.py --ckpt "$OUT/$1/ckpt.pt" --n_test "$2" | tee "$OUT/$1.txt"; }
+
+# small NAME: the RNN alone in half precision, without the paths of this machine
+small() {
+    python - "$OUT/$1" <<'EOF'
+import sys, torch
+c = torch.load(sys.argv[1] + "/ckpt.pt", weights_only=True)
+keep = {k: c[k] for k in ("format", "script", "step", "config", "model", "image", "metrics")}
+keep["config"] |= dict.fromkeys(("data_dir", "out_dir", "ckpt", "data_file"), "")
+torch.save(keep | dict(rnn={k: v.half() for k, v in c["rnn"].items()}), sys.argv[1] + "/rnn.pt")
+EOF
+}
+
+mkdir -p "$OUT"
+case ${1:-} in
+bench)
+    python bench.py ${BENCH:---preset gpu} --seconds 20 | tee "$OUT/bench.txt"
+    python bench.py ${BENCH:---preset gpu} --seconds 20 --compile | tee "$OUT/bench-compile.txt" ;;
+mnist)  # 28x28, one fixed Bernoulli draw
+    train mnist-smt smt 12 --dataset mnist --image_size 28
+    train mnist-dmt dmt 5 --ckpt "$OUT/mnist-smt/ckpt.pt"
+    table mnist-dmt 10000; small mnist-dmt
+    python sample.py --ckpt "$OUT/mnist-dmt/ckpt.pt" --n 100 --out "$OUT/mnist-dmt/100.png" ;;
+mnist-bptt)
+    train mnist-bptt bptt 17 --dataset mnist --image_size 28 --recompute 28
+    train mnist-bptt-gru bptt 17 --dataset mnist --image_size 28 --rnn gru --d_model 128 --mem_tokens 8 --recompute 28
+    table mnist-bptt 10000; table mnist-bptt-gru 10000 ;;
+tasks)  # the hardest settings
+    while read -r name flags; do
+        train "$name-smt" smt 4 --dataset "$name" $flags
+        train "$name-dmt" dmt 2 --ckpt "$OUT/$name-smt/ckpt.pt"
+        train "$name-bptt" bptt 6 --dataset "$name" $flags
+        table "$name-dmt" 1000; table "$name-bptt" 1000
+    done <<'EOF'
+retrieval --length 512 --noise 0.3
+stack --length 64 --depth 5
+copy --length 65
+recall --keys 8 --key_len 2
+modular --examples 16 --modulus 7
+EOF
+    ;;
+text)
+    train text-smt smt 12 --dataset tinystories --length 256
+    train text-dmt dmt 6 --ckpt "$OUT/text-smt/ckpt.pt"
+    table text-dmt 1000
+    python sample.py --ckpt "$OUT/text-dmt/ckpt.pt" --prompt "Once upon a time" --chars 500 --temperature 0.7 | tee "$OUT/text-dmt/story.txt" ;;
+sketchy)
+    train sketchy-smt smt 12 --dataset sketchy --image_size 64
+    train sketchy-dmt dmt 6 --ckpt "$OUT/sketchy-smt/ckpt.pt"
+    table sketchy-dmt 300 ;;
+*)
+    sed -n '2,12p' "$0"; exit 2 ;;
+esac
