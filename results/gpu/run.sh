@@ -7,9 +7,11 @@
 # may be kept are written in half precision. Settings, all from the environment:
 #
 #     OUT=runs/gpu   where everything goes        CALL=9    minutes after which a run stops itself and can be resumed
-#     SCALE=1        factor on all minutes        FLAGS=""  added to every new run: FLAGS="--preset laptop" tries it on a CPU
-#     BENCH="--preset gpu"   flags of bench.py
-set -eu
+#     SCALE=1        factor on all minutes        FLAGS=""  added to new runs of smt.py and bptt.py
+#     BENCH="--preset gpu"   flags of bench.py          N=     test sequences, instead of each stage's own number
+#
+# SCALE=0.005 N=5 FLAGS="--preset laptop --d_model 16 --n_val 5 --eval_every 0" tries a stage on a CPU in a minute.
+set -eu -o pipefail
 OUT=${OUT:-runs/gpu} CALL=${CALL:-9} SCALE=${SCALE:-1} FLAGS=${FLAGS:-}
 began=$SECONDS
 
@@ -17,20 +19,21 @@ minutes() { awk "BEGIN { print $1 * $SCALE }"; }
 
 # train NAME SCRIPT MINUTES FLAGS..: start the run, or resume it; gives up for now when the call's time is over
 train() {
-    local name=$1 script=$2 budget; budget=$(minutes "$3"); shift 3
+    local name=$1 script=$2 budget extra=$FLAGS; budget=$(minutes "$3"); shift 3
+    [ "$script" != dmt ] || extra=  # has its networks and preset from the checkpoint
     local left; left=$(awk "BEGIN { l = $CALL - ($SECONDS - $began) / 60; print (l > 0.1) ? l : 0 }")
     [ "$left" != 0 ] || { echo "the call's $CALL minutes are over before $name; call the stage again"; exit 0; }
     if [ -e "$OUT/$name/finished" ]; then return; fi
     if [ -e "$OUT/$name/ckpt.pt" ]; then
         python "$script.py" --out_dir "$OUT/$name" --resume --stop_after "$left"
     else
-        python "$script.py" "$@" --minutes "$budget" --out_dir "$OUT/$name" --stop_after "$left" $FLAGS
+        python "$script.py" "$@" --minutes "$budget" --out_dir "$OUT/$name" --stop_after "$left" $extra
     fi | tee -a "$OUT/$name.log"
     grep -q "^done:" "$OUT/$name.log" || { echo "$name is not done; call the stage again"; exit 0; }
     touch "$OUT/$name/finished"
 }
 
-table() { python evaluate.py --ckpt "$OUT/$1/ckpt.pt" --n_test "$2" | tee "$OUT/$1.txt"; }
+table() { python evaluate.py --ckpt "$OUT/$1/ckpt.pt" --n_test "${N:-$2}" | tee "$OUT/$1.txt"; }
 
 # small NAME: the RNN alone in half precision, without the paths of this machine
 small() {
@@ -81,5 +84,5 @@ sketchy)
     train sketchy-dmt dmt 6 --ckpt "$OUT/sketchy-smt/ckpt.pt"
     table sketchy-dmt 300 ;;
 *)
-    sed -n '2,12p' "$0"; exit 2 ;;
+    sed -n '2,14p' "$0"; exit 2 ;;
 esac
