@@ -3,7 +3,7 @@
     python bptt.py --dataset mnist
     python bptt.py --dataset mnist --truncate 32              # gradients cross at most 32 steps
     python bptt.py --dataset mnist --image_size 28 --recompute 28   # memory O(sqrt(T)) for one more rollout
-    python bptt.py --init runs/dmt-mnist/ckpt.pt --minutes 5  # post-training of an SMT or DMT checkpoint
+    python bptt.py --init runs/dmt-mnist/ckpt.pt --lr 1e-3 --minutes 5  # post-training of an SMT or DMT checkpoint
 
 Writes runs/bptt-<dataset>.
 """
@@ -30,7 +30,7 @@ class Config(flags.Config):
 
 
 PRESETS = {
-    "laptop": dict(lr=1e-3, log_every=10, eval_every=100, ckpt_every=100),  # a step is long
+    "laptop": dict(lr=1e-2, log_every=10, eval_every=100, ckpt_every=100),  # a step is long
     ("laptop", "mnist"): dict(minutes=25.0),
     ("laptop", "text"): dict(minutes=18.0),
     ("laptop", "sketchy"): dict(minutes=15.0, batch_size=12, n_val=40),
