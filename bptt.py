@@ -34,7 +34,7 @@ PRESETS = {
     ("laptop", "mnist"): dict(minutes=25.0),
     ("laptop", "text"): dict(minutes=18.0),
     ("laptop", "sketchy"): dict(minutes=15.0, batch_size=12, n_val=40),
-    ("laptop", "synthetic"): dict(minutes=10.0, batch_size=64),
+    ("laptop", "synthetic"): dict(minutes=10.0, batch_size=64, lr=2e-3),
     "gpu": dict(minutes=17.0, lr=3e-4),
     "paper": dict(steps=150_000, warmup=1500, decay=False),
 }
