@@ -151,7 +151,7 @@ class Encoder(nn.Module):
         assert times.max() < self.c.ctx_len, \
             f"causal labels exist for t < Tc = {self.c.ctx_len}, asked for t = {times.max()}; raise --ctx_len"
         past = self.encode_tokens(x[:, :times.max() + 1])
-        return torch.cat([self.encode_groups(past, ts) for ts in times.split(16)], dim=1)
+        return torch.cat([self.encode_groups(past, ts) for ts in times.split(8)], dim=1)
 
     def encode_window(self, x: Tensor, t: int) -> Tensor:
         """The paper's pass: the last Tc tokens up to t, then the registers, full attention -> (B, K, d)."""

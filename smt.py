@@ -78,19 +78,17 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
 
     # L_dyn, Eq. 3: (m_{t-1}, x_t) -> m_t inside each run. With probability `chain` the next input is what the RNN
     # itself just made, without its graph: it learns to correct its errors. Such pairs do not pull at the encoder.
-    run = m.unflatten(1, times.shape)                                           # (B, runs, run_len, K, d)
-    if cfg.detach_rnn:
-        run = run.detach()
+    label = (m.detach() if cfg.detach_rnn else m).unflatten(1, times.shape).unbind(2)  # run_len x (B, runs, K, d)
     coins = lambda p, *shape: (torch.rand(*shape, 1, 1, generator=gen) < p).to(dev)
-    before, own = run[:, :, 0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev)
+    before, own = label[0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev)
     made, errors = [before], []
     for i in range(1, times.shape[1]):
         now = times[:, i].to(dev)                                               # (runs,)
         made.append(rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B)).view_as(before))
-        target = torch.where(own, run[:, :, i].detach(), run[:, :, i])
+        target = torch.where(own, label[i].detach(), label[i])
         errors.append((made[i].float() - target.float()).square().mean())
         own = coins(cfg.chain, B, len(times))
-        before = torch.where(own, made[i].detach(), run[:, :, i])
+        before = torch.where(own, made[i].detach(), label[i])
     dyn = torch.stack(errors).mean()
 
     # L_dec, Eq. 2: the memory predicts the future, and is all the decoder sees of the past. With probability

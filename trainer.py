@@ -30,6 +30,7 @@ from tqdm import tqdm
 import data as datasets
 from flags import fail, pick_device
 from model import CheckpointError, ModelConfig, load_checkpoint
+from muon import Muon
 
 
 def autocast(device: str):
@@ -78,20 +79,16 @@ def compile_blocks(nets: dict[str, nn.Module]) -> None:
 
 
 def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]], device: str) -> list:
-    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon, which steps along the orthogonalised
-    momentum, for the matrices w_* of blocks, and that AdamW for the rest: embeddings, registers, m_0, heads, GRU cells.
-
-    Muon's steps are scaled to the size of AdamW's, so both take one learning rate. Raises UsageError."""
+    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices w_* of blocks, and that
+    AdamW for the rest: embeddings, registers, m_0, heads, GRU cells."""
     rest, matrices = [p for group in trained for p in group], []
     if cfg.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            fail(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; give --optimizer adamw")
         inside = {id(p) for net in nets.values() for name, p in net.named_parameters() if "w_" in name and p.ndim == 2}
         matrices = [p for p in rest if id(p) in inside]
         rest = [p for p in rest if id(p) not in inside]
     out = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=device != "mps")] if rest else []
     if matrices:
-        out.append(torch.optim.Muon(matrices, lr=cfg.lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        out.append(Muon(matrices, lr=cfg.lr))
     return out
 
 

@@ -4,9 +4,9 @@ import tiny
 import torch
 
 import dmt
+import muon
 import smt
 from evaluate import evaluate, networks
-from flags import UsageError
 from model import load_checkpoint
 from trainer import load_data, make_optimizers
 
@@ -55,7 +55,20 @@ def test_a_step_of_muon_is_orthogonal():
     assert spread[0] / spread[-1] < 2
 
 
-def test_an_old_torch_without_muon_is_told_what_to_do(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UsageError, match="--optimizer adamw"):
-        make_optimizers(smt.Config(), {}, [[]], "cpu")
+def test_muon_takes_the_steps_of_torchs():
+    """Ten steps on two shapes agree with torch.optim.Muon, which orthogonalises in bf16 (8 bits), one matrix at a time."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon of its own to compare with; 2.9 has")
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(0.1 * torch.randn(shape)) for shape in [(12, 4), (4, 12), (12, 4)]]
+    start, theirs = [p.detach().clone() for p in ours], [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    pair = [muon.Muon(ours, lr=0.01), torch.optim.Muon(theirs, lr=0.01, momentum=0.95, weight_decay=0.01,
+                                                       adjust_lr_fn="match_rms_adamw")]
+    for _ in range(10):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for p, q, before in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.03 * (q - before).norm()
