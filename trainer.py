@@ -79,11 +79,12 @@ def compile_blocks(nets: dict[str, nn.Module]) -> None:
 
 
 def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]], device: str) -> list:
-    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices w_* of blocks, and that
-    AdamW for the rest: embeddings, registers, m_0, heads, GRU cells."""
+    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices of blocks (w_*) and of the
+    GRU's cell, and that AdamW for the rest: embeddings, registers, m_0, heads, biases."""
     rest, matrices = [p for group in trained for p in group], []
     if cfg.optimizer == "muon":
-        inside = {id(p) for net in nets.values() for name, p in net.named_parameters() if "w_" in name and p.ndim == 2}
+        inside = {id(p) for net in nets.values() for name, p in net.named_parameters()
+                  if ("w_" in name or "cell.weight" in name) and p.ndim == 2}
         matrices = [p for p in rest if id(p) in inside]
         rest = [p for p in rest if id(p) not in inside]
     out = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=device != "mps")] if rest else []

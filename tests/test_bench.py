@@ -31,7 +31,7 @@ def test_bench_runs(command):
     code, out, err = command("bench.py --dataset modular --seconds 0 --threads 1 --device cpu --json")
     assert code == 0, err
     result = json.loads(out)
-    assert len(result["rows"]) == 4 and result["gflops"] > 0
+    assert len(result["rows"]) == 5 and result["gflops"] > 0
     for row in result["rows"]:
         assert row["per_step"] > 0 and row["per_transition"] > 0 and min(row["transitions"]) > 0
 
