@@ -55,7 +55,7 @@ class Config:
     d_model: int = flag(64, "d: width of memory tokens and residual streams", "model")
     n_heads: int = flag(2, "H: attention heads", "model")
     head_dim: int = flag(0, "width of a head; 0 = d / H", "model")
-    mem_tokens: int = flag(8, "K: memory tokens", "model")
+    mem_tokens: int = flag(4, "K: memory tokens", "model")
     enc_layers: int = flag(2, "layers of the encoder", "model")
     dec_layers: int = flag(2, "layers of the decoder and the readout", "model")
     rnn_layers: int = flag(2, "layers of the updater", "model")
@@ -100,14 +100,15 @@ SIZES = {
 
 
 def preset_values(preset: str, dataset: str, own: dict) -> dict:
-    """Values of a preset; `own` are the script's: {preset: values, (preset, "synthetic", "text" or dataset): values}."""
+    """Values of a preset; `own` are the script's: {preset: values, (preset, "synthetic", "text" or dataset): values}, the
+    dataset's last."""
     kind = "synthetic" if dataset in datasets.SYNTHETIC else "text" if dataset in datasets.TEXTS else dataset
     out = SIZES[preset] | own.get(preset, {})
     if kind == "synthetic":  # the paper: Tc = Tf = T for these
         out |= dict(ctx_len=0, fut_len=0)
     elif preset == "laptop":
         out |= dict(image_size=14) if kind == "mnist" else dict(length=128) if kind == "text" else {}
-    return out | own.get((preset, kind), {})
+    return out | own.get((preset, kind), {}) | own.get((preset, dataset), {})
 
 
 def fail(message: str):

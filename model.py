@@ -45,7 +45,7 @@ class ModelConfig:
     d_model: int = 64       # d
     n_heads: int = 2        # H
     head_dim: int = 0       # hd; 0 = d / H
-    mem_tokens: int = 8     # K
+    mem_tokens: int = 4     # K
     enc_layers: int = 2
     dec_layers: int = 2
     rnn_layers: int = 2
