@@ -37,8 +37,8 @@ class Config(flags.Config):
     micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
 
 
-# state tracking, a target at every step: short futures from all memories ask for the state sooner than long ones from one
-_tracking = dict(fut_len=8, decode=8, decode_own=0.5)
+# state tracking, a target at every step: short futures from many memories ask for the state sooner than long ones from one
+_tracking = dict(batch_size=40, run_len=16, fut_len=8, decode=10, decode_own=0.5)
 PRESETS = {
     ("laptop", "mnist"): dict(minutes=15.0),
     ("laptop", "text"): dict(minutes=12.0),
