@@ -34,9 +34,13 @@ def describe(path: str, n: int = 32) -> dict[str, float]:
                 unif=smt.uniformity(m, gen, 2048), rank=torch.exp(-(s * s.clamp(min=1e-12).log()).sum())) | ckpt["metrics"]
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
     columns = ("time", "sequences", "unif", "rank", "teacher", "one_step", "rollout", "drift", "one_step_drift")
     print(" ".join(f"{c:>14}" for c in columns))
-    for path in sys.argv[1:]:
+    for path in argv:
         got = describe(path)
         print(" ".join(f"{float(got[c]):14.4g}" for c in columns), path)
+
+
+if __name__ == "__main__":
+    flags.cli(main)

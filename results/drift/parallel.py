@@ -39,8 +39,8 @@ def errors(path: str, n: int = 16) -> list[float]:
     return out
 
 
-if __name__ == "__main__":
-    for path in sys.argv[1:]:
+def main(argv: list[str]) -> None:
+    for path in argv:
         e = errors(path)
         first = {limit: next((j for j, v in enumerate(e) if v < limit), None) for limit in (0.1, 0.03, 0.01, 1e-3, 1e-6)}
         print(path, "| sweeps until the error is below:", ", ".join(f"{k:g}: {v}" for k, v in first.items()), f"(T = {len(e)})")
@@ -49,3 +49,7 @@ if __name__ == "__main__":
     plt.ylabel("error / variance")
     plt.legend()
     plt.savefig(os.path.join(HERE, "parallel.png"), dpi=80)
+
+
+if __name__ == "__main__":
+    flags.cli(main)
