@@ -40,7 +40,8 @@ class Config(flags.Config):
                         choices=("sequential", "parallel"))
 
 
-_tracking = dict(pairs=512, decode=128)  # a target at every step: their futures are short (smt.py)
+# a target at every step: futures are short (smt.py) and say what to remember
+_tracking = dict(pairs=512, decode=128, lambda_dec=1.0, lambda_mse=0.1)
 PRESETS = {
     "laptop": dict(lr=1e-3, warmup=100),
     ("laptop", "mnist"): dict(minutes=10.0),
