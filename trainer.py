@@ -340,8 +340,11 @@ class Run:
             with open(temporary, mode) as f:
                 writer(f)
             os.replace(temporary, self.path(name))
-        except OSError as e:
-            fail(f"--out_dir {self.cfg.out_dir}: {name} cannot be written ({e.strerror or e}); "
+        except (OSError, RuntimeError) as e:
+            cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides a full disk behind an error of its own
+            if not isinstance(cause, OSError):
+                raise
+            fail(f"--out_dir {self.cfg.out_dir}: {name} cannot be written ({cause.strerror or cause}); "
                  "make room, or give another folder")
         finally:
             with contextlib.suppress(OSError):  # gone already, unless something failed

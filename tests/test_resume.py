@@ -215,6 +215,23 @@ def test_a_failed_write_leaves_the_old_file(error, command, tmp_path, monkeypatc
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
+def test_a_disk_that_really_fills_up(command, tmp_path):
+    """The system refuses the checkpoint's last bytes (torch.save then raises an error of its own): one line, nothing lost."""
+    resource = pytest.importorskip("resource", reason="file size limits exist on POSIX systems only")
+    assert command(f"bptt.py {{TINY}} --d_model 128 --out_dir {tmp_path}/run")[0] == 0
+    old = (tmp_path / "run/ckpt.pt").read_bytes()
+    assert len(old) > 500_000  # the weights, not the picture of the curve, are what does not fit
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        code, _, err = command(f"bptt.py --resume --steps 5 --eval_every 0 --out_dir {tmp_path}/run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and err.count("\n") == 1 and "--out_dir" in err and "too large" in err
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == old
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
 # --- averaged weights -------------------------------------------------------------------------------------
 
 def test_what_is_saved_is_the_average_of_the_weights(command, tmp_path, monkeypatch):
