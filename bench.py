@@ -187,8 +187,8 @@ def main(argv=None) -> None:
         torch.set_num_threads(a.threads)
     device = flags.pick_device(a.device)
     pairs = {}
-    for size in (14, 28) if a.dataset == "mnist" and a.preset == "laptop" else (None,):
-        b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile, **dict(image_size=size) if size else {})
+    for task in (dict(image_size=14), dict(image_size=28)) if a.dataset == "mnist" and a.preset == "laptop" else (dict(),):
+        b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile, **task)
         at = f", T = {b.task.T}"
         pairs |= {
             "SMT" + at: ("ours", b.smt_ours, "reference", b.smt_reference),

@@ -51,6 +51,7 @@ OPTIONS = {
     "permutation": dict(length=32, items=5),
 }
 TEXTS = ("tinystories", "shakespeare", "pydoc", "text")
+TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: a target at every step
 SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation")
 
 

@@ -40,17 +40,14 @@ class Config(flags.Config):
                         choices=("sequential", "parallel"))
 
 
-# a target at every step: futures are short (smt.py) and say what to remember
-_tracking = dict(pairs=512, decode=128, lambda_dec=1.0, lambda_mse=0.1)
 PRESETS = {
     "laptop": dict(lr=1e-3, warmup=100),
     ("laptop", "mnist"): dict(minutes=10.0),
     ("laptop", "text"): dict(minutes=6.0),
     ("laptop", "sketchy"): dict(minutes=5.0, batch_size=12, n_val=40),
     ("laptop", "synthetic"): dict(minutes=4.0, pairs=128, decode=32, tube=0.5, lambda_dec=0.1, lambda_mse=1.0),
-    ("laptop", "stack"): _tracking,
-    ("laptop", "parity"): _tracking,
-    ("laptop", "permutation"): _tracking,
+    # a target at every step: futures are short (smt.py) and say what to remember
+    ("laptop", "tracking"): dict(pairs=512, decode=128, lambda_dec=1.0, lambda_mse=0.1),
     "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, decode=1024, minutes=5.0),
     "paper": dict(lr=3e-5, batch_size=32, decode=0, detach_dec=True, lambda_mse=10.0, steps=1500, warmup=15, horizon=256,
                   pairs=4096),

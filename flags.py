@@ -100,15 +100,15 @@ SIZES = {
 
 
 def preset_values(preset: str, dataset: str, own: dict) -> dict:
-    """Values of a preset; `own` are the script's: {preset: values, (preset, "synthetic", "text" or dataset): values}, the
-    dataset's last."""
+    """Values of a preset; `own` are the script's: {preset: values, (preset, kind): values}, where a kind is "synthetic",
+    "tracking" (some of the synthetic tasks), "text" or a dataset."""
     kind = "synthetic" if dataset in datasets.SYNTHETIC else "text" if dataset in datasets.TEXTS else dataset
     out = SIZES[preset] | own.get(preset, {})
     if kind == "synthetic":  # the paper: Tc = Tf = T for these
         out |= dict(ctx_len=0, fut_len=0)
     elif preset == "laptop":
         out |= dict(image_size=14) if kind == "mnist" else dict(length=128) if kind == "text" else {}
-    return out | own.get((preset, kind), {}) | own.get((preset, dataset), {})
+    return out | own.get((preset, kind), {}) | (own.get((preset, "tracking"), {}) if dataset in datasets.TRACKING else {})
 
 
 def fail(message: str):

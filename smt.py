@@ -37,16 +37,13 @@ class Config(flags.Config):
     micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
 
 
-# state tracking, a target at every step: short futures from many memories ask for the state sooner than long ones from one
-_tracking = dict(batch_size=40, run_len=16, fut_len=8, decode=10, decode_own=0.5)
 PRESETS = {
     ("laptop", "mnist"): dict(minutes=15.0),
     ("laptop", "text"): dict(minutes=12.0),
     ("laptop", "sketchy"): dict(minutes=10.0, batch_size=12, n_val=40, fut_len=40, runs=1),  # Tf: more than a row
     ("laptop", "synthetic"): dict(minutes=6.0, batch_size=64, runs=1, decode=1, decode_own=0.0),  # a whole future is long
-    ("laptop", "stack"): _tracking,
-    ("laptop", "parity"): _tracking,
-    ("laptop", "permutation"): _tracking,
+    # a target at every step: short futures from many memories ask for the state sooner than long ones from one
+    ("laptop", "tracking"): dict(batch_size=40, run_len=16, fut_len=8, decode=10, decode_own=0.5),
     "gpu": dict(minutes=12.0),
     "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, decode_own=0.0, steps=150_000, warmup=1500, decay=False,
                   runs=1, run_len=2, micro=4),
