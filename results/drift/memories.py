@@ -35,6 +35,8 @@ def describe(path: str, n: int = 32) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
+    if not argv:
+        flags.fail("no checkpoint is given; name some of smt.py or dmt.py")
     columns = ("time", "sequences", "unif", "rank", "teacher", "one_step", "rollout", "drift", "one_step_drift")
     print(" ".join(f"{c:>14}" for c in columns))
     for path in argv:

@@ -40,6 +40,8 @@ def errors(path: str, n: int = 16) -> list[float]:
 
 
 def main(argv: list[str]) -> None:
+    if not argv:
+        flags.fail("no checkpoint is given; name some of smt.py or dmt.py")
     for path in argv:
         e = errors(path)
         first = {limit: next((j for j, v in enumerate(e) if v < limit), None) for limit in (0.1, 0.03, 0.01, 1e-3, 1e-6)}

@@ -33,7 +33,7 @@ def shares(step, repeat: int) -> tuple[dict[str, float], float]:
     return spent, flops / spent["matrix products"] * 1e3
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     b = bench.Bench("laptop", "mnist", "cpu", flags.Config().data_dir)
     print(f"large matrix product: {bench.matmul_rate('cpu') / 1e9:.0f} GFLOP/s")
@@ -43,3 +43,7 @@ if __name__ == "__main__":
         print(f"{name}: {total:.0f} ms | " + " | ".join(f"{k} {v / total:.0%}" for k, v in
                                                       sorted(spent.items(), key=lambda kv: -kv[1])) +
               f" | matrix products at {rate / 1e9:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    flags.cli(main)
