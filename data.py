@@ -100,10 +100,11 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
             raise DataError(f"--{key}: expected {kind.__name__}, got {value!r}")
         o[key] = value
     if name == "glyphs":
-        return images.image_data(name, images.glyph_images(**o), 2, device, "characters of matplotlib's fonts, each bent, scaled "
-                                 "and shifted at random; black and white")
+        about = "characters of matplotlib's fonts, each bent, scaled and shifted at random; black and white"
+        return images.image_data(name, images.glyph_images(**o), 2, device, about)
     if name == "mnist":
-        return images.image_data(name, images.mnist_images(data_dir, **o), o["levels"], device, "handwritten digits, pixel by pixel")
+        pictures = images.mnist_images(data_dir, **o)
+        return images.image_data(name, pictures, o["levels"], device, "handwritten digits, pixel by pixel")
     if name in ("sketchy", "images"):
         about = "drawings after photographs, the Sketchy Database" if name == "sketchy" else f"the pictures in {data_dir}"
         return images.image_data(name, images.folder_images(name, data_dir, **o), 2, device, about + "; black and white")

@@ -70,11 +70,12 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
     x_all, y_all = held["x"], held["y"]
     device = str(x_all.device)
     c = (rnn or decoder).c
-    T = min(task.T, c.ctx_len) if encoder is not None and c.encoder == "causal" else task.T  # labels end at Tc; the RNN goes on
+    # causal labels end at Tc; the RNN goes on
+    T = min(task.T, c.ctx_len) if encoder is not None and c.encoder == "causal" else task.T
     scores = {name: Score(task.image is not None, task.T // 2) for name in COLUMNS}
     size = c.mem_tokens * c.d_model
     total, total_sq, rows, kl, targets = torch.zeros(size, dtype=torch.float64, device=device), 0.0, 0, 0.0, 0
-    error, error_one = torch.zeros(T, dtype=torch.float64, device=device), torch.zeros(T, dtype=torch.float64, device=device)
+    error, error_one = torch.zeros(2, T, dtype=torch.float64, device=device)
     times = torch.arange(T)
     batch = max(1, min(100, int(2e8) // (T * size)))
     for i in range(0, len(x_all), batch):
@@ -140,8 +141,8 @@ def table(r: dict) -> str:
     for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), ("t >= T/2", "late")):
         if r[key]:
             lines.append(f"{name:16}" + "".join(f"{show(r[key][k]):>10}" for k in COLUMNS))
-    for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"), ("bits per character", "bits_per_char"),
-                       ("drift 1-R², rollout", "drift"),
+    for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"),
+                       ("bits per character", "bits_per_char"), ("drift 1-R², rollout", "drift"),
                        ("drift 1-R², one step", "one_step_drift"), ("KL of futures, rollout", "kl"),
                        ("variance of memory", "variance")):
         if r[key] is not None:
@@ -187,9 +188,11 @@ def main(argv=None) -> None:
     flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed of torch; the test data does not depend on it (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="seed of torch; the test data does not depend on it (default: %(default)s)")
     p.add_argument("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
-    p.add_argument("--n_test", type=int, default=1000, help="the first so many sequences of the split (default: %(default)s)")
+    p.add_argument("--n_test", type=int, default=1000,
+                   help="the first so many sequences of the split (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
     for name, low, high in (("n_test", 1, 10 ** 9), ("threads", 0, flags.MOST_THREADS), ("seed", 0, 10 ** 18)):

@@ -211,7 +211,8 @@ def open_checkpoint(path: str) -> dict:
     ckpt = load_checkpoint(path)
     for name, known in (("dataset", datasets.OPTIONS), ("preset", SIZES)):
         if ckpt["config"][name] not in list(known):
-            raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; it comes from another version")
+            raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; it comes from another "
+                                  "version")
     return ckpt
 
 
@@ -224,7 +225,8 @@ def where(given: dict, config: dict) -> dict:
 
 def add_data_flags(parser) -> None:
     """For scripts that read a checkpoint's data again."""
-    parser.add_argument("--data_dir", default="", help=f"where the data is (default: {Config.data_dir}, for images the folder trained on)")
+    parser.add_argument("--data_dir", default="",
+                        help=f"where the data is (default: {Config.data_dir}, for images the folder trained on)")
     parser.add_argument("--data_file", default="", help="the text of --dataset text (default: the one trained on)")
 
 
@@ -234,14 +236,15 @@ MOST_THREADS = 1024  # torch crashes on absurd numbers
 def demand(name: str, value: float, low: float, high: float) -> None:
     """Refuse --name value unless low <= value <= high; NaN fails every comparison. Raises UsageError."""
     if not low <= value <= high:
-        fail(f"--{name} {value} is not allowed; give a number " + (f"from {low} to {high:g}" if high < 1e15 else f"of at least {low}"))
+        allowed = f"from {low} to {high:g}" if high < 1e15 else f"of at least {low}"
+        fail(f"--{name} {value} is not allowed; give a number {allowed}")
 
 
 def check(cfg) -> None:
     """Refuse values no run can mean. Raises UsageError naming the flag."""
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size n_val log_every pairs runs "
                           "micro".split(), 1) | dict(run_len=2)
-    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1) | dict.fromkeys(["enc_layers", "dec_layers", "rnn_layers"], 1000)
+    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1, enc_layers=1000, dec_layers=1000, rnn_layers=1000)
     for name, value in vars(cfg).items():
         if type(value) in (int, float):
             demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))

@@ -350,8 +350,9 @@ def load_checkpoint(path: str) -> dict:
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]}); it may be truncated, "
                               "take another one") from None
     kinds = dict(format=int, script=str, config=dict, model=dict)
-    if not isinstance(ckpt, dict) or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != 1 or \
-            not {"dataset", "preset"} <= ckpt["config"].keys() or not {"rnn", "decoder"} & ckpt.keys() or "image" not in ckpt:
+    if not isinstance(ckpt, dict) or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != 1 \
+            or not {"dataset", "preset"} <= ckpt["config"].keys() or "image" not in ckpt \
+            or not {"rnn", "decoder"} & ckpt.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or best.pt")
     return ckpt | dict(path=path)
 

@@ -145,9 +145,10 @@ def main(argv=None) -> None:
     p.add_argument("--prompt", default="", help="text to continue (default: none)")
     p.add_argument("--chars", type=int, default=400, help="length of a text in bytes (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, help="0 = the most likely symbol (default: %(default)s)")
-    p.add_argument("--top_k", type=int, default=0, help="choose among the k most likely symbols; 0 = all (default: %(default)s)")
-    p.add_argument("--prefix", action="store_true", help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels "
-                   "(default: draw freely)")
+    p.add_argument("--top_k", type=int, default=0,
+                   help="choose among the k most likely symbols; 0 = all (default: %(default)s)")
+    p.add_argument("--prefix", action="store_true",
+                   help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels (default: draw freely)")
     flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")

@@ -81,11 +81,12 @@ def retrieval(length, symbols, noise, needle_range, device="cpu"):
         return x, clean
 
     def show(x, y):
-        text = "".join("^" if i == bos else "?" if i == query else letter(i) if i < S else f"[{letter(i - S)}]" for i in x.tolist())
-        return f"{text} -> {letter(y[-1])}"
+        spelled = {bos: "^", query: "?"} | {i: letter(i) if i < S else f"[{letter(i - S)}]" for i in range(2 * S)}
+        return "".join(spelled[i] for i in x.tolist()) + " -> " + letter(y[-1])
 
-    return endless("retrieval", T, 2 * S + 2, S, make, f"uniform distractors; at a uniform place in 1..{R} a marked uniform symbol; "
-                   f"asked at the end, the answer is redrawn uniformly with probability {noise}", show, device, noise)
+    about = f"uniform distractors; at a uniform place in 1..{R} a marked uniform symbol; asked at the end, the answer is " \
+            f"redrawn uniformly with probability {noise}"
+    return endless("retrieval", T, 2 * S + 2, S, make, about, show, device, noise)
 
 
 def copy(length, symbols, noise, reverse, device="cpu"):
@@ -103,8 +104,9 @@ def copy(length, symbols, noise, reverse, device="cpu"):
     def show(x, y):
         return "^" + "".join(map(letter, x[1:L + 1])) + "?" * L + " -> " + "".join(map(letter, y[L + 1:]))
 
-    return endless("copy", T, S + 2, S, make, f"a uniform string of {L} symbols, then {L} questions for it, "
-                   f"{'backwards' if reverse else 'forwards'}; an answer is redrawn uniformly with probability {noise}", show, device, noise)
+    about = f"a uniform string of {L} symbols, then {L} questions for it, {'backwards' if reverse else 'forwards'}; an " \
+            f"answer is redrawn uniformly with probability {noise}"
+    return endless("copy", T, S + 2, S, make, about, show, device, noise)
 
 
 def stack(length, symbols, depth, device="cpu"):
@@ -131,8 +133,9 @@ def stack(length, symbols, depth, device="cpu"):
         return "^" + "".join("-" if i == pop else letter(i) for i in x[1:]) + " -> " + \
             "".join("." if i == empty else letter(i) for i in y[1:])
 
-    return endless("stack", T, S + 2, S + 1, make, f"a fair coin pushes a uniform symbol or pops (an empty stack is pushed, {D} high "
-                   "it is popped); the target is what lies on top afterwards, or that nothing does", show, device)
+    about = f"a fair coin pushes a uniform symbol or pops (an empty stack is pushed, {D} high it is popped); the target is " \
+            "what lies on top afterwards, or that nothing does"
+    return endless("stack", T, S + 2, S + 1, make, about, show, device)
 
 
 def recall(keys, symbols, key_len, device="cpu"):
@@ -163,8 +166,9 @@ def recall(keys, symbols, key_len, device="cpu"):
         told = " ".join(spelled(x[i:i + k]) + "=" + letter(x[i + k] - S) for i in range(1, ask - 1, k + 1))
         return f"^ {told} ? " + " ".join(spelled(x[i:i + k]) + "->" + letter(y[i + k - 1]) for i in range(ask, T, k))
 
-    return endless("recall", T, 2 * S + 2, S, make, f"{P} different uniform keys of {k} symbols, each with a uniform value; then every "
-                   "key once more in random order, and its value is the target", show, device)
+    about = f"{P} different uniform keys of {k} symbols, each with a uniform value; then every key once more in random " \
+            "order, and its value is the target"
+    return endless("recall", T, 2 * S + 2, S, make, about, show, device)
 
 
 def modular(examples, modulus, device="cpu"):
@@ -195,12 +199,12 @@ def modular(examples, modulus, device="cpu"):
     def show(x, y):
         return "^ " + " ".join(f"{int(u)}->{int(v)}" for u, v in zip(x[1::2], y[1::2])) + f" (mod {p})"
 
-    return endless("modular", T, 2 * p + 1, p, make, f"uniform a and b; {n_ex} uniform u, each asking for v = a u + b (mod {p}), which is "
-                   "then told", show, device, posterior=posterior)
+    about = f"uniform a and b; {n_ex} uniform u, each asking for v = a u + b (mod {p}), which is then told"
+    return endless("modular", T, 2 * p + 1, p, make, about, show, device, posterior=posterior)
 
 
 def tracked(name, T, n_ops, n_states, table: Tensor, about, show, device):
-    """State tracking: uniform inputs 0..n_ops-1 move the state from 0 by table (n_states, n_ops); the target is the state."""
+    """State tracking: uniform inputs 0..n_ops-1 move the state from 0 by table (n_states, n_ops) int64; the target is it."""
     check(T >= 2, "length", T, "at least 2: BOS and one input")
 
     def make(n, g):
@@ -217,7 +221,8 @@ def tracked(name, T, n_ops, n_states, table: Tensor, about, show, device):
 
 def parity(length, device="cpu"):
     text = lambda row: "".join(str(int(i)) for i in row[1:])
-    return tracked("parity", length, 2, 2, torch.tensor([[0, 1], [1, 0]]), "uniform bits; the target is the parity of all so far",
+    about = "uniform bits; the target is the parity of all so far"
+    return tracked("parity", length, 2, 2, torch.tensor([[0, 1], [1, 0]]), about,
                    lambda x, y: f"^{text(x)} -> {text(y)}", device)
 
 
@@ -228,6 +233,7 @@ def permutation(length, items, device="cpu"):
     swap, rotate = (lambda o: (o[1], o[0], *o[2:])), (lambda o: (*o[1:], o[0]))  # together they make the whole group
     table = torch.tensor([[index[swap(o)], index[rotate(o)]] for o in orders])
     order = lambda i: "".join(map(str, orders[int(i)]))
-    return tracked("permutation", length, 2, len(orders), table, f"a fair coin swaps the first two of {items} things or moves the first "
-                   "to the end; the target is their order, one of " + str(len(orders)),
+    about = f"a fair coin swaps the first two of {items} things or moves the first to the end; the target is their order, " \
+            f"one of {len(orders)}"
+    return tracked("permutation", length, 2, len(orders), table, about,
                    lambda x, y: "^" + "".join("sr"[int(i)] for i in x[1:]) + f" -> .. {order(y[-1])}", device)

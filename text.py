@@ -79,8 +79,8 @@ def text_data(name, data_dir, length, data_file="", device="cpu"):
         x, y = sequences(parts[split][:n * T].reshape(n, T))
         return dict(x=x, y=y, clean=None, posterior=None)
 
-    return Data(name, T=T, vocab=256, n_out=256, units="nats/char", timestamps=False, image=None, batch=batch, held_out=held_out,
-                about=f"{ABOUT.get(name, source)}; windows of {T} bytes from anywhere",
+    return Data(name, T=T, vocab=256, n_out=256, units="nats/char", timestamps=False, image=None, batch=batch,
+                held_out=held_out, about=f"{ABOUT.get(name, source)}; windows of {T} bytes from anywhere",
                 sizes=", ".join(f"{len(part):,} {split}" for split, part in parts.items()) + " bytes", show=show)
 
 
@@ -102,8 +102,8 @@ def load_bytes(name, data_dir, data_file=""):
             raise DataError("--dataset pydoc: this Python comes without its help topics; choose another dataset")
         source, whole = "pydoc", np.frombuffer(b"\xff".join(topics[key].encode() for key in sorted(topics)), np.uint8)
     else:
-        if name == "shakespeare":
-            source = find_file(Path(data_dir, name), "", SHAKESPEARE[0], MIRRORS[name], *SHAKESPEARE[1:])  # many a file is called so
+        if name == "shakespeare":  # in a folder of its own: many a file is called input.txt
+            source = find_file(Path(data_dir, name), "", SHAKESPEARE[0], MIRRORS[name], *SHAKESPEARE[1:])
         elif not data_file:
             raise DataError("--data_file is missing; name the text file to learn")
         elif not os.path.isfile(source := data_file):

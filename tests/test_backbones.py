@@ -1,4 +1,4 @@
-"""Lesson: one RNN, three updaters. Whatever is inside, memory goes in, an event goes in, memory of the same shape comes out."""
+"""Lesson: one RNN, three updaters. Whatever is inside, memory and an event go in, memory of the same shape comes out."""
 import pytest
 import torch
 from tiny import B, K, D, T, V, networks, sequences
@@ -60,8 +60,10 @@ def test_mlp_starts_as_a_small_step():
 @pytest.mark.parametrize("kind", ["mlp", "gru"])
 def test_every_script_knows_every_backbone(kind, command, tmp_path):
     """smt, dmt, bptt, evaluate and sample run with it; the checkpoint says which one it is."""
-    for line in ("smt.py {TINY} --rnn {kind} --out_dir {out}/smt", "dmt.py --ckpt {out}/smt/ckpt.pt {RUN} --out_dir {out}/dmt",
-                 "bptt.py --init {out}/dmt/ckpt.pt {RUN} --out_dir {out}/post", "bptt.py {TINY} --rnn {kind} --out_dir {out}/bptt",
+    for line in ("smt.py {TINY} --rnn {kind} --out_dir {out}/smt",
+                 "dmt.py --ckpt {out}/smt/ckpt.pt {RUN} --out_dir {out}/dmt",
+                 "bptt.py --init {out}/dmt/ckpt.pt {RUN} --out_dir {out}/post",
+                 "bptt.py {TINY} --rnn {kind} --out_dir {out}/bptt",
                  "evaluate.py --ckpt {out}/post/ckpt.pt --n_test 5", "sample.py --ckpt {out}/bptt/ckpt.pt --n 2"):
         code, _, err = command(line, kind=kind, out=tmp_path)
         assert code == 0, err

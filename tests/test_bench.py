@@ -1,4 +1,4 @@
-"""Lesson: what is compared with what. The reference's way has the losses of ours, and pays for graphs that ours never builds."""
+"""Lesson: what is compared with what. The reference's way has our losses, and pays for graphs that ours never builds."""
 import json
 
 import torch

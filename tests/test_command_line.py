@@ -301,8 +301,10 @@ def distance(a, b):
 SMT = """--seed 1|--batch_size 5|--lr 0.01|--warmup 3|--no-decay|--lambda_dec 2|--lambda_dyn 2|--lambda_unif 2|
 --detach_rnn|--runs 3|--run_len 3|--chain 0.2|--micro 2|--encoder bidirectional|--no-timestamps|
 --fut_len 2|--encoder bidirectional + --ctx_len 3|--mem_tokens 3|--d_model 20|--n_heads 4|--head_dim 4|
---enc_layers 1|--dec_layers 2|--rnn_layers 1|--rnn mlp|--rnn gru|--ema 0.05|--decode_own 1|--decode 2|--optimizer adamw|--length 9|--symbols 4|--noise 0.9|--needle_range 5""".replace("\n", "").split("|")
-DMT = "--seed 1|--batch_size 5|--lr 0.01|--lambda_kl 1|--lambda_dec 3|--detach_dec|--lambda_mse 5|--pairs 7|--decode 3|--tube 0|--ema 0.05|--tube 0 + --horizon 1|--tube 0 --horizon 3 + --rollout parallel".split("|")
+--enc_layers 1|--dec_layers 2|--rnn_layers 1|--rnn mlp|--rnn gru|--ema 0.05|--decode_own 1|--decode 2|--optimizer adamw|
+--length 9|--symbols 4|--noise 0.9|--needle_range 5""".replace("\n", "").split("|")
+DMT = """--seed 1|--batch_size 5|--lr 0.01|--lambda_kl 1|--lambda_dec 3|--detach_dec|--lambda_mse 5|--pairs 7|--decode 3|
+--tube 0|--ema 0.05|--tube 0 + --horizon 1|--tube 0 --horizon 3 + --rollout parallel""".replace("\n", "").split("|")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
 WITHOUT = set("recompute dataset data_dir preset device threads compile ckpt init".split()) | set(flags.task_flags())
 # where, on what (tests of the data see to those flags), from what and how it runs

@@ -1,4 +1,4 @@
-"""Lesson: where gradients go. In SMT and DMT none crosses more than one update of the RNN; in BPTT it does, as far as it is allowed."""
+"""Lesson: where gradients go. In SMT and DMT none crosses more than one update of the RNN; in BPTT as many as allowed."""
 import math
 
 import pytest
@@ -84,7 +84,8 @@ def test_dmt_leaves_the_teacher_alone():
     for p in (*encoder.parameters(), *decoder.parameters()):
         p.requires_grad_(False)
     x, y = sequences()
-    dmt_losses(rnn, encoder, decoder, x, y, dmt.own_memories(rnn, encoder(x, torch.arange(T)), x, 4, 1, "sequential", math.inf))["loss"].backward()
+    own = dmt.own_memories(rnn, encoder(x, torch.arange(T)), x, 4, 1, "sequential", math.inf)
+    dmt_losses(rnn, encoder, decoder, x, y, own)["loss"].backward()
     assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters()))
 
 
@@ -122,9 +123,11 @@ def test_joint_smt_shapes_the_encoder_and_detached_does_not(detach):
 def test_detached_smt_is_the_decoders_loss_alone():
     """What shapes the encoder of detached SMT is L_dec on its own memories, whatever the RNN does."""
     grads = []
-    for changes in (dict(detach_rnn=True, decode_own=0.9, lambda_dyn=5.0), dict(detach_rnn=False, decode_own=0.0, lambda_dyn=0.0)):
+    for changes in (dict(detach_rnn=True, decode_own=0.9, lambda_dyn=5.0),
+                    dict(detach_rnn=False, decode_own=0.0, lambda_dyn=0.0)):
         encoder, decoder, rnn = networks()
         cfg = smt.Config(lambda_unif=0.0, **changes)
-        smt.objective(encoder, decoder, rnn, *sequences(), torch.tensor([[0, 1, 2], [6, 7, 8]]), cfg, torch.Generator())["loss"].backward()
+        times = torch.tensor([[0, 1, 2], [6, 7, 8]])
+        smt.objective(encoder, decoder, rnn, *sequences(), times, cfg, torch.Generator())["loss"].backward()
         grads.append([p.grad for p in encoder.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))

@@ -244,7 +244,8 @@ def test_what_is_saved_is_the_average_of_the_weights(command, tmp_path, monkeypa
 
     monkeypatch.setattr(trainer.Run, "update", record)
     first, begin = [], trainer.Run.say_hello
-    monkeypatch.setattr(trainer.Run, "say_hello", lambda self: first.extend(p.detach().clone() for p in self.parameters()) or begin(self))
+    before = lambda self: first.extend(p.detach().clone() for p in self.parameters()) or begin(self)
+    monkeypatch.setattr(trainer.Run, "say_hello", before)
     code, _, err = command("bptt.py {TINY} --steps 20 --ema 0.6 --lr 0.02 --eval_every 7 --out_dir {out}", out=tmp_path)
     assert code == 0, err
     average = first
@@ -289,7 +290,8 @@ def test_a_failed_evaluation_leaves_the_newest_weights(command, tmp_path, monkey
     monkeypatch.setattr("bptt.evaluate", lambda *a, **k: fail())
     average = []
     check = trainer.Run.check_weights
-    monkeypatch.setattr(trainer.Run, "check_weights", lambda self: average.extend(a.clone() for a in self.average) or check(self))
+    keep = lambda self: average.extend(a.clone() for a in self.average) or check(self)
+    monkeypatch.setattr(trainer.Run, "check_weights", keep)
     with pytest.raises(Broken):
         command("bptt.py {TINY} --steps 3 --lr 0.1 --warmup 0 --out_dir {out}", out=tmp_path)
     weights, newest, _ = seen

@@ -116,7 +116,7 @@ def test_noise_redraws_a_share_of_the_targets_and_no_others(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_batches_follow_their_generator_and_differ_from_what_is_held_out(name):
-    """The same generator gives the same batch, another one another; ids are in range, x starts with BOS and nothing else is BOS."""
+    """The same generator gives the same batch, another one another; ids are in range, BOS comes first and only there."""
     d = data.load(name)
     x, y = d.batch(30, rng(1))
     again, other = d.batch(30, rng(1)), d.batch(30, rng(2))
@@ -128,7 +128,8 @@ def test_batches_follow_their_generator_and_differ_from_what_is_held_out(name):
     assert torch.equal(d.held_out("test", 1200)["x"][:30], d.held_out("test", 30)["x"])
 
 
-OTHER = dict(length=9, symbols=5, noise=0.9, needle_range=3, reverse=False, depth=1, keys=3, key_len=3, examples=4, modulus=5, items=4)
+OTHER = dict(length=9, symbols=5, noise=0.9, needle_range=3, reverse=False, depth=1, keys=3, key_len=3, examples=4,
+             modulus=5, items=4)
 
 
 @pytest.mark.parametrize("name, option", [(name, option) for name in SMALL for option in data.OPTIONS[name]])

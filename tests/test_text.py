@@ -395,7 +395,8 @@ def test_an_rnn_continues_a_prompt(tmp_path, command):
     """Two texts, each the prompt and as many bytes as asked for; the same seed writes the same, another seed does not."""
     code, _, err = command("smt.py --dataset pydoc --length 24 {SIZES} {RUN} --n_val 2 --out_dir {out}", out=tmp_path)
     assert code == 0, err
-    written = [command("sample.py --ckpt {out}/ckpt.pt --n 2 --chars 30 --seed {seed} --prompt 'The déjà vu'", out=tmp_path, seed=seed)
+    line = "sample.py --ckpt {out}/ckpt.pt --n 2 --chars 30 --seed {seed} --prompt 'The déjà vu'"
+    written = [command(line, out=tmp_path, seed=seed)
                for seed in (0, 0, 1)]
     assert all(code == 0 for code, _, _ in written) and written[0] == written[1] != written[2]
     assert written[0][1].count("The déjà vu") == 2

@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
     for path in argv:
         e = errors(path)
         first = {limit: next((j for j, v in enumerate(e) if v < limit), None) for limit in (0.1, 0.03, 0.01, 1e-3, 1e-6)}
-        print(path, "| sweeps until the error is below:", ", ".join(f"{k:g}: {v}" for k, v in first.items()), f"(T = {len(e)})")
+        sweeps = ", ".join(f"{k:g}: {v}" for k, v in first.items())
+        print(f"{path} | sweeps until the error is below: {sweeps} (T = {len(e)})")
         plt.semilogy(e, label=os.path.basename(os.path.dirname(os.path.abspath(path))))
     plt.xlabel("sweeps")
     plt.ylabel("error / variance")
