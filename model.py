@@ -345,7 +345,7 @@ def load_checkpoint(path: str) -> dict:
             warnings.simplefilter("ignore")  # of odd pickles: the one line below says it all
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a damaged or malicious pickle
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
         reason = "not a checkpoint of plain types" if reason.startswith("Weights only") else reason
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]}); it may be truncated, "
                               "take another one") from None

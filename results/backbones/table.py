@@ -24,7 +24,8 @@ def main() -> None:
         for i, (script, label) in enumerate(METHODS.items()):
             got = [(k + (i - 1.5) * 0.2, float(r["rollout"])) for k, rnn in enumerate(RNNS) for r in rows
                    if (r["dataset"], r["rnn"], r["script"]) == (task, rnn, script)]
-            ax.scatter(*zip(*got) if got else ((), ()), label=label, color=("0.5", "C1", "C0", "C2")[i], marker="sodv"[i])
+            if got:  # SMT, then BPTT: on MNIST only
+                ax.scatter(*zip(*got), label=label, color=("0.5", "C1", "C0", "C2")[i], marker="sodv"[i])
         ax.set(title=title, xticks=range(3), xlim=(-0.5, 2.5), **({} if task == "mnist" else dict(yscale="log")))
         ax.set_xticklabels(["Transformer", "MLP", "GRU"])
     axes[2].legend(fontsize=8, loc="upper center")
