@@ -30,6 +30,7 @@ import dmt
 import flags
 import smt
 import trainer
+from console import MOST_THREADS, cli, demand, fail, pick_device
 from model import RNN, Decoder, Encoder, cross_entropy, futures
 
 LABEL_EVERY = 16  # of the reference's DMT
@@ -169,7 +170,7 @@ def matmul_rate(device: str, n: int = 2048) -> float:
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = flags.fail
+    p.error = fail
     p.add_argument("--preset", choices=flags.SIZES, default="laptop",
                    help="sizes of networks and batches (default: %(default)s)")
     p.add_argument("--dataset", choices=[d for d in datasets.OPTIONS if d not in ("text", "images")], default="mnist",
@@ -181,11 +182,11 @@ def main(argv=None) -> None:
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks, for both ways (default: eager)")
     p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
-    flags.demand("threads", a.threads, 0, flags.MOST_THREADS)
-    flags.demand("seconds", a.seconds, 0, 1e6)
+    demand("threads", a.threads, 0, MOST_THREADS)
+    demand("seconds", a.seconds, 0, 1e6)
     if a.threads:
         torch.set_num_threads(a.threads)
-    device = flags.pick_device(a.device)
+    device = pick_device(a.device)
     pairs = {}
     for task in (dict(image_size=14), dict(image_size=28)) if a.dataset == "mnist" and a.preset == "laptop" else (dict(),):
         b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile, **task)
@@ -214,4 +215,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flags
 import trainer
+from console import cli, fail
 from evaluate import evaluate, networks, summary
 from flags import flag
 from model import RNN, cross_entropy
@@ -65,7 +66,7 @@ def main(argv=None) -> None:
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
         if rnn is None:
-            flags.fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or "
+            fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or "
                        "bptt.py")
         c = rnn.c
     else:
@@ -91,4 +92,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import flags
 import trainer
+from console import cli, fail
 from evaluate import evaluate, summary
 from flags import flag
 from model import RNN, Decoder, build, cross_entropy, futures
@@ -125,9 +126,9 @@ def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tenso
 def main(argv=None) -> None:
     cfg, ckpt = flags.parse(Config, argv, PRESETS, "dmt", __doc__)
     if ckpt is None:
-        flags.fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
+        fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
     if "encoder" not in ckpt or "rnn" not in ckpt:
-        flags.fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); give one of smt.py")
+        fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); give one of smt.py")
     device, task = trainer.setup(cfg, ckpt)
     encoder, decoder, rnn = (net.to(device) for net in build(ckpt, "encoder", "decoder", "rnn"))
     c = rnn.c
@@ -168,4 +169,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

@@ -22,6 +22,7 @@ from torch import Tensor
 import data as datasets
 import flags
 import trainer
+from console import MOST_THREADS, cli, demand, fail, pick_device
 from model import RNN, Decoder, Encoder, build, futures
 
 COLUMNS = ("teacher", "one_step", "rollout")
@@ -183,7 +184,7 @@ def networks(ckpt: dict, device: str) -> tuple[RNN | None, Encoder | None, Decod
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = flags.fail
+    p.error = fail
     p.add_argument("--ckpt", required=True, help="checkpoint of any training script; required")
     flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
@@ -195,13 +196,13 @@ def main(argv=None) -> None:
                    help="the first so many sequences of the split (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
-    for name, low, high in (("n_test", 1, 10 ** 9), ("threads", 0, flags.MOST_THREADS), ("seed", 0, 10 ** 18)):
-        flags.demand(name, getattr(a, name), low, high)
+    for name, low, high in (("n_test", 1, 10 ** 9), ("threads", 0, MOST_THREADS), ("seed", 0, 10 ** 18)):
+        demand(name, getattr(a, name), low, high)
     if a.threads:
         torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     ckpt = flags.open_checkpoint(a.ckpt)
-    device = flags.pick_device(a.device)
+    device = pick_device(a.device)
     task = trainer.load_data(ckpt["config"] | flags.where(vars(a), ckpt["config"]), device, ckpt)
     rnn, encoder, decoder = networks(ckpt, device)
     result = evaluate(task, rnn, encoder, decoder, a.split, a.n_test)
@@ -209,9 +210,9 @@ def main(argv=None) -> None:
     try:
         draw(result, picture)
     except OSError as e:
-        flags.fail(f"{picture}: cannot be written ({e.strerror}); copy the checkpoint to a folder you may write")
+        fail(f"{picture}: cannot be written ({e.strerror}); copy the checkpoint to a folder you may write")
     print(json.dumps(result) if a.json else table(result) + f"\n\npicture: {picture}")
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

@@ -1,24 +1,17 @@
 """The command line of the training scripts: a dataclass of flags, presets, and one line for every mistake.
 
     cfg, ckpt = flags.parse(Config, argv, PRESETS, script, doc)   # flags -> dataclass, checkpoint to start from
-    flags.cli(main)                                               # mistakes of the user: one line, exit code 2
 
 Nothing here is about the method. A script's own Config adds its flags to those below.
 """
 import argparse
 import dataclasses
 import os
-import sys
 from dataclasses import dataclass
 
-import torch
-
 import data as datasets
+from console import MOST_THREADS, demand, fail, pick_device
 from model import UPDATERS, CheckpointError, load_checkpoint
-
-
-class UsageError(Exception):
-    """Bad input of the user; the message is one line that names the flag or file and what to do."""
 
 
 def flag(default, help: str, group: str = "method", choices=None):
@@ -111,16 +104,12 @@ def preset_values(preset: str, dataset: str, own: dict) -> dict:
     return out | own.get((preset, kind), {}) | (own.get((preset, "tracking"), {}) if dataset in datasets.TRACKING else {})
 
 
-def fail(message: str):
-    raise UsageError(message)
-
-
 def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple = ()):
     """Flags -> (config, checkpoint to build the networks from, or None). Flags in `unused` mean nothing to the script.
 
     Values come, from weakest to strongest: defaults, preset, the checkpoint of --ckpt or --init (task and model), the
     command line. With --resume everything comes from the stored run, and the command line may only change "length"
-    flags; the checkpoint is then the run's own. Raises UsageError, CheckpointError.
+    flags; the checkpoint is then the run's own. Raises UserError, CheckpointError.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     group = {name: f.metadata["group"] for name, f in fields.items()}
@@ -170,7 +159,7 @@ def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple 
     cfg.data_dir = os.path.abspath(cfg.data_dir)  # a checkpoint may be used from another folder
     cfg.data_file = cfg.data_file and os.path.abspath(cfg.data_file)
 
-    check_task_flags(cfg.dataset, given)
+    datasets.refuse_foreign_options(cfg.dataset, given)
     own = datasets.OPTIONS[cfg.dataset]
     for name in task_flags():
         if name not in own or getattr(cfg, name) is None:
@@ -193,17 +182,6 @@ def add_flags(parser, fields) -> None:
 def task_flags() -> list[str]:
     """Names of the flags that belong to datasets."""
     return list(dict.fromkeys(name for options in datasets.OPTIONS.values() for name in options))
-
-
-def add_task_flags(parser) -> None:
-    add_flags(parser, [f for f in dataclasses.fields(Config) if f.name in task_flags()])
-
-
-def check_task_flags(dataset: str, given: dict) -> None:
-    """Refuse a flag of another dataset. Raises UsageError."""
-    for name in given:
-        if name in task_flags() and name not in datasets.OPTIONS[dataset]:
-            fail(f"--{name} means nothing to --dataset {dataset}; leave it out")
 
 
 def open_checkpoint(path: str) -> dict:
@@ -230,18 +208,8 @@ def add_data_flags(parser) -> None:
     parser.add_argument("--data_file", default="", help="the text of --dataset text (default: the one trained on)")
 
 
-MOST_THREADS = 1024  # torch crashes on absurd numbers
-
-
-def demand(name: str, value: float, low: float, high: float) -> None:
-    """Refuse --name value unless low <= value <= high; NaN fails every comparison. Raises UsageError."""
-    if not low <= value <= high:
-        allowed = f"from {low} to {high:g}" if high < 1e15 else f"of at least {low}"
-        fail(f"--{name} {value} is not allowed; give a number {allowed}")
-
-
 def check(cfg) -> None:
-    """Refuse values no run can mean. Raises UsageError naming the flag."""
+    """Refuse values no run can mean. Raises UserError naming the flag."""
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size n_val log_every pairs runs "
                           "micro".split(), 1) | dict(run_len=2)
     most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1, enc_layers=1000, dec_layers=1000, rnn_layers=1000)
@@ -260,38 +228,3 @@ def check(cfg) -> None:
         fail(f"--head_dim {cfg.head_dim or cfg.d_model // cfg.n_heads} is odd; RoPE rotates pairs, make it even")
     if cfg.encoder == "causal" and cfg.ctx_len == 1:
         fail("--ctx_len 1 leaves a causal encoder one memory and no transition; give 0 (all) or at least 2")
-
-
-def cli(main):
-    """Run main(argv); turn what the user can mend into one line on stderr and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a pipe that knows fewer characters than a text has
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-        return
-    except BrokenPipeError:  # the reader of a pipe has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    except (UsageError, datasets.DataError, CheckpointError, OSError) as e:
-        line, code = str(e), 2
-    except KeyboardInterrupt:  # Run.loop saves first; here there was nothing to save yet
-        line, code = "interrupted", 130
-    except (MemoryError, RuntimeError) as e:
-        known = any(s in str(e) for s in ("out of memory", "allocate memory", "enough memory", "overflow"))
-        if not known and type(e) is not MemoryError:
-            raise
-        line, code = f"out of memory ({str(e)[:200]}); give smaller numbers, --batch_size or sizes", 2
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-def pick_device(name: str) -> str:
-    """"auto" -> cuda, mps or cpu; anything else is checked. Raises UsageError."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as e:  # torch raises half a dozen types
-        fail(f"--device {name} cannot be used here ({(str(e) or repr(e)).splitlines()[0][:80]}); try --device cpu")
-    return name

@@ -10,7 +10,6 @@ Images go to --out as one PNG, text is printed. Synthetic tasks, whose inputs ar
 and the RNN's answers.
 """
 import argparse
-import contextlib
 import os
 
 import numpy as np
@@ -19,9 +18,12 @@ from torch import Tensor
 
 import data as datasets
 import flags
-import text
 import trainer
+from console import cli, demand, fail, pick_device
 from model import RNN, Decoder, Encoder, build
+from sources import text
+from sources.files import written_whole
+from sources.images import grid, save_png
 
 DEFAULT_CKPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "glyphs", "rnn.pt")
 
@@ -73,30 +75,6 @@ def generate_teacher(encoder: Encoder, decoder: Decoder, n: int, T: int, gen: to
     return x[:, 1:].cpu()
 
 
-def grid(images: np.ndarray, columns: int, zoom: int = 3) -> np.ndarray:
-    """(n, H, W) in 0..1, 1 = ink -> one uint8 picture, dark ink on white, `columns` images a row."""
-    n, H, W = images.shape
-    rows = -(-n // columns)
-    page = np.full((rows * (H + 2), columns * (W + 2)), 225, dtype=np.uint8)
-    for i, image in enumerate(images):
-        r, c = divmod(i, columns)
-        page[r * (H + 2) + 1:r * (H + 2) + 1 + H, c * (W + 2) + 1:c * (W + 2) + 1 + W] = 255 - np.rint(image * 255)
-    return page.repeat(zoom, 0).repeat(zoom, 1)
-
-
-def save_png(path: str, page: np.ndarray) -> None:
-    from PIL import Image
-    temporary = path + ".tmp"
-    try:
-        Image.fromarray(page).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as e:
-        raise datasets.DataError(f"{path}: cannot be written ({e.strerror or e}); give another path with --out or --out_dir")
-    finally:
-        with contextlib.suppress(OSError):  # gone already, unless something failed
-            os.remove(temporary)
-
-
 def draw_samples(out_dir: str, task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = None,
                  decoder: Decoder | None = None, n: int = 40) -> None:
     """samples.png: n drawings of the RNN's own rollout; with encoder and decoder the teacher's to its left.
@@ -106,7 +84,7 @@ def draw_samples(out_dir: str, task: datasets.Data, rnn: RNN | None, encoder: En
     gen = torch.Generator().manual_seed(0)
     if task.image is None:
         told = stories(rnn, 3, task.T, gen) if task.name in datasets.TEXTS else answers(task, rnn, 16)
-        with open(os.path.join(out_dir, "samples.txt"), "w", encoding="utf-8") as f:
+        with written_whole(os.path.join(out_dir, "samples.txt"), "w") as f:
             f.write(told)
         return
     page = grid(np.asarray(datasets.sequences_to_images(task, generate(rnn, n, task.T, gen))), 8)
@@ -139,7 +117,7 @@ def answers(task: datasets.Data, rnn: RNN, n: int) -> str:
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = flags.fail
+    p.error = fail
     p.add_argument("--ckpt", default=DEFAULT_CKPT, help="checkpoint with an RNN (default: the one in results/glyphs)")
     p.add_argument("--n", type=int, default=0, help="how many; 0 = 40 images, 16 answers or 3 texts (default: %(default)s)")
     p.add_argument("--prompt", default="", help="text to continue (default: none)")
@@ -155,18 +133,18 @@ def main(argv=None) -> None:
     p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
     a = p.parse_args(argv)
     for name, low in (("n", 0), ("chars", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        flags.demand(name, getattr(a, name), low, 10 ** 18)
+        demand(name, getattr(a, name), low, 10 ** 18)
     ckpt = flags.open_checkpoint(a.ckpt)
     if "rnn" not in ckpt:
-        flags.fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
-    device = flags.pick_device(a.device)
+        fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
+    device = pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
     image, T, name = ckpt["image"], rnn.c.T, ckpt["config"]["dataset"]
     config, gen = ckpt["config"] | flags.where(vars(a), ckpt["config"]), torch.Generator().manual_seed(a.seed)
     if a.prefix and image is None:
-        flags.fail(f"--prefix completes images, and this checkpoint was trained on {name}")
+        fail(f"--prefix completes images, and this checkpoint was trained on {name}")
     if a.prompt and name not in datasets.TEXTS:
-        flags.fail(f"--prompt starts a text, and this checkpoint was trained on {name}")
+        fail(f"--prompt starts a text, and this checkpoint was trained on {name}")
     if name in datasets.TEXTS:
         print(stories(rnn, a.n or 3, a.chars, gen, a.temperature, a.top_k, a.prompt), end="")
         return
@@ -185,4 +163,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

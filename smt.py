@@ -15,6 +15,7 @@ from torch import Tensor
 
 import flags
 import trainer
+from console import cli
 from evaluate import evaluate, summary
 from flags import flag
 from model import RNN, Decoder, Encoder, cross_entropy, futures
@@ -139,4 +140,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data as datasets
-from flags import fail, pick_device
+from console import fail, pick_device
 from model import CheckpointError, ModelConfig, load_checkpoint
 from muon import Muon
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import flags
 import trainer
+from console import cli
 from evaluate import evaluate, summary
 from model import Decoder, cross_entropy
 
@@ -53,4 +54,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import data  # noqa: E402
-import flags  # noqa: E402
+import console  # noqa: E402
+from sources import files  # noqa: E402
 
 TASK = "--dataset retrieval --length 8 --symbols 3"
 SIZES = "--d_model 16 --n_heads 2 --dec_layers 1"  # what every script understands
@@ -23,18 +23,18 @@ RUN = "--preset laptop --device cpu --batch_size 4 --steps 3"
 def cache(tmp_path_factory, monkeypatch):
     """No test writes to the home folder."""
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(data, "CACHE", str(folder))
+    monkeypatch.setattr(files, "CACHE", str(folder))
     return folder
 
 
 def run_command(monkeypatch, capsys, line):
-    """`python LINE` in this process, through flags.cli: (exit code, stdout, stderr)."""
+    """`python LINE` in this process, through console.cli: (exit code, stdout, stderr)."""
     argv = shlex.split(line)
     monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
     code = 0
     try:
-        flags.cli(importlib.import_module(argv[0].removesuffix(".py")).main)
+        console.cli(importlib.import_module(argv[0].removesuffix(".py")).main)
     except SystemExit as e:
         code = e.code or 0
     return code, *capsys.readouterr()

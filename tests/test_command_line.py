@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import images
+from sources import images
+import console
 import flags
 import trainer
 
@@ -206,11 +207,11 @@ def test_other_failures_keep_their_traceback(monkeypatch):
     """cli hides the user's mistakes only: a bug of ours is raised whole, and running out of memory is explained."""
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(RuntimeError, match="a bug"):
-        flags.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
+        console.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(SystemExit, match="2"):
-        flags.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate")))
+        console.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate")))
     with pytest.raises(SystemExit, match="130"):
-        flags.cli(lambda argv: (_ for _ in ()).throw(KeyboardInterrupt()))
+        console.cli(lambda argv: (_ for _ in ()).throw(KeyboardInterrupt()))
 
 
 def test_a_real_process(tmp_path):

@@ -19,7 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
-import images as pictures  # noqa: E402  (many tests hold some `images`)
+from sources import files  # noqa: E402
+from sources import images as pictures  # noqa: E402  (many tests hold some `images`)
 from data import DataError  # noqa: E402
 
 TRAIN, TEST = pictures.MNIST_FILES
@@ -244,12 +245,12 @@ def test_the_real_mnist():
 def mirrors(tmp_path, monkeypatch):
     """Paths on a local server: /good/ serves the files, /short/ cuts them, /other/ serves other bytes of the
     same length, /long/ more of them; anything else is 404. pictures.MIRRORS is for the test to set."""
-    files = {}
+    served = {}
     for name, n in ((TRAIN, 12), (TEST, 3)):
-        files[name] = gzip.compress(idx_bytes(PICTURES[:1].repeat(n, 1, 1)), mtime=0)
-    monkeypatch.setattr(pictures, "MNIST_FILES", {k: (len(v), hashlib.sha256(v).hexdigest()) for k, v in files.items()})
+        served[name] = gzip.compress(idx_bytes(PICTURES[:1].repeat(n, 1, 1)), mtime=0)
+    monkeypatch.setattr(pictures, "MNIST_FILES", {k: (len(v), hashlib.sha256(v).hexdigest()) for k, v in served.items()})
     monkeypatch.setattr(pictures, "MNIST_VAL", 5)
-    monkeypatch.setattr(data, "TIMEOUT", 5)
+    monkeypatch.setattr(files, "TIMEOUT", 5)
     monkeypatch.setenv("no_proxy", "*")
     asked = []
 
@@ -257,7 +258,7 @@ def mirrors(tmp_path, monkeypatch):
         def do_GET(self):
             asked.append(self.path)
             kind, name = self.path.strip("/").split("/")
-            body = files[name]
+            body = served[name]
             promised = len(body)
             if kind == "short":
                 body = body[:-5]
@@ -333,7 +334,7 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, mirrors, monkeypatch):
             assert leftovers(tmp_path)  # the temporary file
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "tqdm", Bar)
+    monkeypatch.setattr(files, "tqdm", Bar)
     with pytest.raises(KeyboardInterrupt):
         data.load("mnist", tmp_path)
     assert leftovers(tmp_path) == []

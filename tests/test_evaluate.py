@@ -7,7 +7,7 @@ import torch
 from tiny import networks
 
 import data
-import images
+from sources import images
 import evaluate
 from sample import generate
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import flags
-import images as pictures
+from sources import images as pictures
 from data import DataError
 
 

@@ -92,7 +92,7 @@ def test_dataset_example_runs(monkeypatch):
 
 def test_map_points_at_code():
     """Every function that the paper-to-code table names exists in the file it names."""
-    rows = re.findall(r"`(\w+\.py)` `([\w.]+)`", README)
+    rows = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", README)
     assert len(rows) >= 8
     for file, name in rows:
         source = open(os.path.join(ROOT, file)).read()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-import text
+from sources import files, text
 from data import DataError
 
 SEP = "<|endoftext|>"
@@ -39,7 +39,7 @@ def put(path, content, zipped=False):
     return path
 
 
-def files(folder):
+def listing(folder):
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
 
 
@@ -174,13 +174,13 @@ def test_a_text_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     """The second load reads nothing but the packed file; another size or time of the source packs anew."""
     path = put(tmp_path / "a.gz", b"old " * 100, zipped=True)
     load = lambda: text.load_bytes("text", tmp_path, str(path))[1]["train"].tobytes()
-    assert load().startswith(b"old ") and len(files(tmp_path)) == 2
+    assert load().startswith(b"old ") and len(listing(tmp_path)) == 2
     with monkeypatch.context() as m:
         m.setattr(text, "blocks", lambda path: pytest.fail("read again"))
         assert load().startswith(b"old ")
     put(path, b"new " * 100, zipped=True)
     os.utime(path, (1, 1))
-    assert load().startswith(b"new ") and len(files(tmp_path)) == 3
+    assert load().startswith(b"new ") and len(listing(tmp_path)) == 3
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
@@ -191,19 +191,19 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     path.write_bytes(whole[:-50])
     with pytest.raises(DataError) as e:
         text.load_bytes("text", tmp_path, str(path))
-    assert str(e.value).startswith(str(path)) and "\n" not in str(e.value) and files(tmp_path) == ["a.gz"]
+    assert str(e.value).startswith(str(path)) and "\n" not in str(e.value) and listing(tmp_path) == ["a.gz"]
     path.write_bytes(whole)
 
     def interrupted(path, real=text.blocks):
         yield next(real(path))
-        assert len(files(tmp_path)) == 2  # the source and a temporary file
+        assert len(listing(tmp_path)) == 2  # the source and a temporary file
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
         m.setattr(text, "blocks", interrupted)
         with pytest.raises(KeyboardInterrupt):
             text.load_bytes("text", tmp_path, str(path))
-    assert files(tmp_path) == ["a.gz"]
+    assert listing(tmp_path) == ["a.gz"]
     assert data.load("text", data_file=str(path), length=9).T == 9
 
 
@@ -216,7 +216,7 @@ def test_a_folder_that_is_not_for_writing_is_left_alone(tmp_path, cache, capsys)
             text.load_bytes("text", tmp_path, str(folder / "a.gz"))
     finally:
         folder.chmod(0o755)
-    assert files(folder) == ["a.gz"] and len(files(cache)) == 1
+    assert listing(folder) == ["a.gz"] and len(listing(cache)) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(folder) in err and str(cache) in err
 
@@ -243,7 +243,7 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, what):
         data.load("text", data_file=str(path), length=8)
     assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
     assert path.read_bytes() == NO_TEXT[what]
-    assert what == "zipped emptiness" or files(tmp_path) == ["a.txt"]
+    assert what == "zipped emptiness" or listing(tmp_path) == ["a.txt"]
 
 
 @pytest.mark.parametrize("content", [b"no story ever ends " * 20, b"<html>sorry</html>", as_file(STORIES) + b"\xff\n"])
@@ -252,7 +252,7 @@ def test_stories_of_ones_own_must_be_stories(tales, content):
     path = put(tales / "tinystories" / V2[0], content)
     with pytest.raises(DataError) as e:
         data.load("tinystories", tales, length=8)
-    assert str(e.value).startswith(str(path)) and path.read_bytes() == content and len(files(tales)) == 2
+    assert str(e.value).startswith(str(path)) and path.read_bytes() == content and len(listing(tales)) == 2
 
 
 def test_a_megabyte_without_a_separator_is_enough(tales, monkeypatch):
@@ -274,14 +274,14 @@ def test_a_bad_option_is_named(tmp_path, name, options, flag):
     """The one line starts with the flag, before anything is read or fetched."""
     with pytest.raises(DataError) as e:
         data.load(name, tmp_path, **options)
-    assert str(e.value).startswith(flag) and "\n" not in str(e.value) and files(tmp_path) == []
+    assert str(e.value).startswith(flag) and "\n" not in str(e.value) and listing(tmp_path) == []
 
 
 def test_the_help_topics_need_no_file(tmp_path):
     """pydoc is embedded: BOS-separated topics, nothing read from or written to data_dir."""
     d = data.load("pydoc", tmp_path / "absent", length=64)
     x, y = d.batch(300, rng())
-    assert x.shape == (300, 64) and (y == 255).any() and files(tmp_path) == []
+    assert x.shape == (300, 64) and (y == 255).any() and listing(tmp_path) == []
     with pytest.raises(DataError, match="pydoc.*--length"):
         data.load("pydoc", length=10 ** 7)
 
@@ -296,7 +296,7 @@ def mirrors(monkeypatch):
     """mirrors(dataset, kinds..) points the dataset at a local server that answers well or in one bad way."""
     served = {"input.txt": PLAY, V2[0]: as_file(STORIES), V2[1]: as_file(STORIES[:20])}
     monkeypatch.setattr(text, "SHAKESPEARE", ("input.txt", len(PLAY), hashlib.sha256(PLAY).hexdigest()))
-    monkeypatch.setattr(data, "TIMEOUT", 5)
+    monkeypatch.setattr(files, "TIMEOUT", 5)
     monkeypatch.setenv("no_proxy", "*")
 
     class Server(http.server.BaseHTTPRequestHandler):
@@ -335,7 +335,7 @@ def test_the_next_mirror_is_tried(tmp_path, mirrors, name, kind):
     mirrors(name, kind, "good")
     data.load(name, tmp_path, length=8)
     wanted = {"shakespeare": ["shakespeare/input.txt"], "tinystories": [f"tinystories/{n}" for n in V2]}[name]
-    assert [f for f in files(tmp_path) if not f.endswith(".bytes")] == sorted(wanted)
+    assert [f for f in listing(tmp_path) if not f.endswith(".bytes")] == sorted(wanted)
     mirrors(name, "dead")
     data.load(name, tmp_path, length=8)  # downloaded once
 
@@ -349,7 +349,7 @@ def test_offline_is_one_line(tmp_path, mirrors, name, kind):
     message, file = str(e.value), "input.txt" if name == "shakespeare" else V2[0]
     assert message.startswith(str(tmp_path / name / file)) and "\n" not in message
     assert text.MIRRORS[name][0] + file in message and REASONS[kind] in message and "--data_dir" in message
-    assert files(tmp_path) == []
+    assert listing(tmp_path) == []
 
 
 # --- the real files --------------------------------------------------------------------------------------

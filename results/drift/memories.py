@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import flags  # noqa: E402
 import smt  # noqa: E402
 import trainer  # noqa: E402
+from console import cli, fail  # noqa: E402
 from model import build  # noqa: E402
 
 
@@ -36,7 +37,7 @@ def describe(path: str, n: int = 32) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     if not argv:
-        flags.fail("no checkpoint is given; name some of smt.py or dmt.py")
+        fail("no checkpoint is given; name some of smt.py or dmt.py")
     columns = ("time", "sequences", "unif", "rank", "teacher", "one_step", "rollout", "drift", "one_step_drift")
     print(" ".join(f"{c:>14}" for c in columns))
     for path in argv:
@@ -45,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

@@ -15,6 +15,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import flags  # noqa: E402
 import trainer  # noqa: E402
+from console import cli, fail  # noqa: E402
 from model import build  # noqa: E402
 
 matplotlib.use("Agg")
@@ -41,7 +42,7 @@ def errors(path: str, n: int = 16) -> list[float]:
 
 def main(argv: list[str]) -> None:
     if not argv:
-        flags.fail("no checkpoint is given; name some of smt.py or dmt.py")
+        fail("no checkpoint is given; name some of smt.py or dmt.py")
     for path in argv:
         e = errors(path)
         first = {limit: next((j for j, v in enumerate(e) if v < limit), None) for limit in (0.1, 0.03, 0.01, 1e-3, 1e-6)}
@@ -55,4 +56,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

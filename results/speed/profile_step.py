@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import bench  # noqa: E402
 import flags  # noqa: E402
+from console import cli  # noqa: E402
 
 
 def shares(step, repeat: int) -> tuple[dict[str, float], float]:
@@ -46,4 +47,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.cli(main)
+    cli(main)

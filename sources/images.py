@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BAD_CONTENT, Data, DataError, cache_path, check, find_file, one_line, written_whole
+from sources.files import (BAD_CONTENT, Data, DataError, cache_path, check, find_file, one_line,
+                           written_whole)
 
 # ---------------------------------------------------------------------------------------------------------
 # any pictures
@@ -287,3 +288,24 @@ def read_cache(path, size):
     fits = bits.dtype == split.dtype == np.uint8 and split.ndim == 1 and len(split) > 0 and split.max() <= 2 \
         and bits.shape == (len(split), -(-size * size // 8))
     return (bits, split) if fits else None
+
+
+# ----------------------------------------------------------------------------------------------
+# pictures to look at
+
+def grid(images, columns, zoom=3):
+    """(n, H, W) in 0..1, 1 = ink -> one uint8 page, dark ink on white, `columns` images a row."""
+    n, H, W = images.shape
+    rows = -(-n // columns)
+    page = np.full((rows * (H + 2), columns * (W + 2)), 225, dtype=np.uint8)  # 225: pale grey frames
+    for i, image in enumerate(images):
+        top, left = i // columns * (H + 2) + 1, i % columns * (W + 2) + 1
+        page[top:top + H, left:left + W] = 255 - np.rint(image * 255)
+    return page.repeat(zoom, 0).repeat(zoom, 1)
+
+
+def save_png(path, page):
+    """Raises UserError where it cannot be written."""
+    from PIL import Image
+    with written_whole(path, mend="give another path with --out or --out_dir") as f:
+        Image.fromarray(page).save(f, format="PNG")

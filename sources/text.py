@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import BAD_CONTENT, Data, DataError, cache_path, check, find_file, local_file, one_line, written_whole
+from sources.files import (BAD_CONTENT, Data, DataError, cache_path, check, find_file, local_file,
+                           one_line, written_whole)
 
 BOUNDARY = 255                # the last of 256 ids, so it is also BOS
 SEPARATOR = "<|endoftext|>"   # how a boundary is written in files and prompts

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Data, check
+from sources.files import Data, check
 
 HELD_OUT_SEED = dict(val=7_000_000, test=8_000_000)  # of each split's first chunk of sequences
 CHUNK = 1_000

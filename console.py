@@ -1,0 +1,74 @@
+"""How the scripts talk to whoever runs them: every mistake is one line and exit code 2.
+
+    p = console.parser("sample.py", __doc__)
+    console.demand("n", a.n, 0, 100)      # refuses --n -1
+    console.cli(main)                     # runs main(argv), and turns mistakes into one line
+"""
+import argparse
+import os
+import sys
+
+import torch
+
+from model import CheckpointError
+from sources.files import UserError
+
+MOST_THREADS = 1024  # torch crashes on absurd numbers
+
+
+def parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """An argument parser whose help fits 100 columns and whose mistakes are UserErrors."""
+    layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100)
+    p = argparse.ArgumentParser(prog=prog, usage="python %(prog)s [flags]", description=doc,
+                                allow_abbrev=False, formatter_class=layout)
+    p.error = fail  # one line instead of a usage block
+    return p
+
+
+def fail(message: str):
+    raise UserError(message)
+
+
+def demand(name: str, value: float, low: float, high: float) -> None:
+    """Refuse --name value unless low <= value <= high; NaN fails every comparison."""
+    if not low <= value <= high:
+        allowed = f"from {low} to {high:g}" if high < 1e15 else f"of at least {low}"
+        fail(f"--{name} {value} is not allowed; give a number {allowed}")
+
+
+def pick_device(name: str) -> str:
+    """"auto" -> cuda, mps or cpu; anything else is tried. Raises UserError."""
+    if name == "auto":
+        return ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as e:  # torch raises half a dozen types
+        reason = (str(e) or repr(e)).splitlines()[0][:80]
+        fail(f"--device {name} cannot be used here ({reason}); try --device cpu")
+    return name
+
+
+def cli(main) -> None:
+    """Run main(argv); turn what the user can mend into one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe that knows fewer characters than a text
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # the reader of a pipe has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except (UserError, CheckpointError, OSError) as e:
+        line, code = str(e), 2
+    except KeyboardInterrupt:  # a training run saves first; here there was nothing to save yet
+        line, code = "interrupted", 130
+    except (MemoryError, RuntimeError) as e:
+        signs = "out of memory", "allocate memory", "enough memory", "overflow"
+        if not any(s in str(e) for s in signs) and type(e) is not MemoryError:
+            raise
+        line = f"out of memory ({str(e)[:200]}); give smaller numbers, --batch_size or sizes"
+        code = 2
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""Where data come from. Every source returns a `files.Data`; data.py is the door to all of them."""
