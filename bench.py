@@ -16,6 +16,7 @@ reference's of AdamW. MNIST at laptop sizes is timed at 14x14 and, because label
 """
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -28,6 +29,7 @@ import bptt
 import data as datasets
 import dmt
 import flags
+import presets
 import smt
 import trainer
 from console import MOST_THREADS, cli, demand, fail, pick_device
@@ -64,12 +66,11 @@ class Bench:
 
     def __init__(self, preset: str, dataset: str, device: str, data_dir: str, compile: bool = False, **task):
         self.device = device
-        own = ["--device", device, "--preset", preset, "--dataset", dataset, "--data_dir", data_dir, "--steps", "1"]
-        own += [w for k, v in task.items() for w in (f"--{k}", str(v))]
-        self.smt = flags.parse(smt.Config, own + ["--out_dir", "/nowhere"], smt.PRESETS, "smt", "")[0]
-        values = flags.preset_values(preset, dataset, dmt.PRESETS)
-        self.dmt = dmt.Config(**{k: v for k, v in values.items() if k in dmt.Config.__dataclass_fields__})
-        self.task = trainer.load_data(vars(self.smt), device)
+        config = functools.partial(flags.config, preset=preset, dataset=dataset, data_dir=data_dir,
+                                   **task)
+        self.smt = config("smt", smt.Config, lr=1e-5)  # a benchmark goes nowhere
+        self.dmt = config("dmt", dmt.Config)
+        self.task = flags.load_data(vars(self.smt), device)
         c = trainer.model_config(self.smt, self.task)
         torch.manual_seed(0)
         self.encoder, self.decoder, self.rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
@@ -79,7 +80,6 @@ class Bench:
         params = [p for net in nets.values() for p in net.parameters()]
         if compile:
             trainer.compile_blocks(nets)
-        self.smt.lr = 1e-5  # a benchmark goes nowhere
         self.optimizers = trainer.make_optimizers(self.smt, nets, [params], device)
         self.adamw = [torch.optim.AdamW(params, lr=1e-5, fused=device != "mps")]
 
@@ -171,11 +171,11 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = fail
-    p.add_argument("--preset", choices=flags.SIZES, default="laptop",
+    p.add_argument("--preset", choices=presets.PRESETS, default="laptop",
                    help="sizes of networks and batches (default: %(default)s)")
     p.add_argument("--dataset", choices=[d for d in datasets.OPTIONS if d not in ("text", "images")], default="mnist",
                    help="(default: %(default)s)")
-    p.add_argument("--data_dir", default=flags.Config().data_dir, help="(default: %(default)s)")
+    p.add_argument("--data_dir", default=flags.Config.data_dir, help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
     p.add_argument("--seconds", type=float, default=60.0, help="for each comparison (default: %(default)s)")

@@ -22,23 +22,11 @@ from model import RNN, cross_entropy
 from sample import draw_samples
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(flags.Config):
-    truncate: int = flag(0, "steps a gradient may cross; 0 = all of them")
-    recompute: int = flag(0, "keep only every so many-th memory and compute the rest again in the backward pass; "
-                          "0 = keep all")
-    init: str = flag("", "checkpoint to start from; empty = from scratch")
-
-
-PRESETS = {
-    "laptop": dict(lr=1e-2, log_every=10, eval_every=100, ckpt_every=100),  # a step is long
-    ("laptop", "mnist"): dict(minutes=25.0),
-    ("laptop", "text"): dict(minutes=18.0),
-    ("laptop", "sketchy"): dict(minutes=15.0, batch_size=12, n_val=40),
-    ("laptop", "synthetic"): dict(minutes=10.0, batch_size=64, lr=2e-3),
-    "gpu": dict(minutes=17.0, lr=3e-4),
-    "paper": dict(steps=150_000, warmup=1500, decay=False),
-}
+    truncate: int = flag("steps a gradient may cross; 0 = all of them")
+    recompute: int = flag("keep every so many-th memory, compute the rest again; 0 = keep all")
+    init: str = flag("checkpoint to start from; empty = from scratch", default="")
 
 
 def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
@@ -61,7 +49,7 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
 
 
 def main(argv=None) -> None:
-    cfg, ckpt = flags.parse(Config, argv, PRESETS, "bptt", __doc__, unused=("encoder", "enc_layers", "ctx_len", "fut_len"))
+    cfg, ckpt = flags.parse("bptt", Config, argv, __doc__, unused=("encoder", "enc_layers", "ctx_len", "fut_len"))
     device, task = trainer.setup(cfg, ckpt)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)

@@ -25,34 +25,19 @@ from model import RNN, Decoder, build, cross_entropy, futures
 from sample import draw_samples
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(flags.Config):
-    ckpt: str = flag("", "checkpoint of smt.py (or of dmt.py) to start from; required")
-    lambda_dec: float = flag(1.0, "weight of Eq. 2 on the RNN's own memories, read by its readout")
-    detach_dec: bool = flag(False, "the gradient of that loss stays in the readout and does not reach the updater")
-    lambda_kl: float = flag(0.0, "weight of the prediction-space loss: KL of the decoder's futures")
-    lambda_mse: float = flag(0.1, "weight of Eq. 6, divided by the variance of the encoder's memories")
-    tube: float = flag(0.0, "put the RNN back on the encoder's memory when it is further off than this part of the "
-                       "variance; 0 = never")
-    pairs: int = flag(512, "transitions an optimiser step regresses on")
-    decode: int = flag(128, "of these, how many futures are decoded; 0 = all of them")
-    horizon: int = flag(0, "most steps the RNN runs on its own; grows to this during the run; 0 = the whole sequence")
-    rollout: str = flag("sequential", "own memories step by step, or by `horizon` sweeps over all times at once",
+    ckpt: str = flag("checkpoint of smt.py (or of dmt.py) to start from; required", default="")
+    lambda_dec: float = flag("weight of Eq. 2 on the RNN's own memories, read by its readout")
+    detach_dec: bool = flag("the gradient of that loss stays in the readout")
+    lambda_kl: float = flag("weight of the KL of the decoder's futures")
+    lambda_mse: float = flag("weight of Eq. 6, in units of the labels' variance")
+    tube: float = flag("error, in that unit, that puts the RNN back on its label; 0 = never")
+    pairs: int = flag("transitions an optimiser step regresses on")
+    decode: int = flag("of these, how many futures are decoded; 0 = all")
+    horizon: int = flag("steps the RNN runs alone, growing to this; 0 = the sequence")
+    rollout: str = flag("step by step, or `horizon` sweeps over all times at once",
                         choices=("sequential", "parallel"))
-
-
-PRESETS = {
-    "laptop": dict(lr=1e-3, warmup=100),
-    ("laptop", "mnist"): dict(minutes=10.0),
-    ("laptop", "text"): dict(minutes=6.0),
-    ("laptop", "sketchy"): dict(minutes=5.0, batch_size=12, n_val=40),
-    ("laptop", "synthetic"): dict(minutes=4.0, pairs=128, decode=32, tube=0.5, lambda_dec=0.1, lambda_mse=1.0),
-    # a target at every step: futures are short (smt.py) and say what to remember
-    ("laptop", "tracking"): dict(pairs=512, decode=128, lambda_dec=1.0, lambda_mse=0.1),
-    "gpu": dict(lr=3e-4, warmup=200, batch_size=64, pairs=4096, decode=1024, minutes=5.0),
-    "paper": dict(lr=3e-5, batch_size=32, decode=0, detach_dec=True, lambda_mse=10.0, steps=1500, warmup=15, horizon=256,
-                  pairs=4096),
-}
 
 
 def horizon_at(done: float, most: int) -> int:
@@ -124,7 +109,7 @@ def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tenso
 
 
 def main(argv=None) -> None:
-    cfg, ckpt = flags.parse(Config, argv, PRESETS, "dmt", __doc__)
+    cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
     if ckpt is None:
         fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
     if "encoder" not in ckpt or "rnn" not in ckpt:

@@ -203,7 +203,7 @@ def main(argv=None) -> None:
     torch.manual_seed(a.seed)
     ckpt = flags.open_checkpoint(a.ckpt)
     device = pick_device(a.device)
-    task = trainer.load_data(ckpt["config"] | flags.where(vars(a), ckpt["config"]), device, ckpt)
+    task = flags.load_data(ckpt["config"] | flags.data_places(vars(a), ckpt["config"]), device, ckpt)
     rnn, encoder, decoder = networks(ckpt, device)
     result = evaluate(task, rnn, encoder, decoder, a.split, a.n_test)
     picture = os.path.join(os.path.dirname(a.ckpt), "evaluation.png")

@@ -1,230 +1,291 @@
-"""The command line of the training scripts: a dataclass of flags, presets, and one line for every mistake.
+"""The command line of the training scripts: a dataclass of flags, and where its values come from.
 
-    cfg, ckpt = flags.parse(Config, argv, PRESETS, script, doc)   # flags -> dataclass, checkpoint to start from
+    cfg, ckpt = flags.parse("smt", Config, argv, __doc__)   # ckpt: where the run starts, or None
+    cfg = flags.config("smt", Config, dataset="mnist")      # without a command line
 
-Nothing here is about the method. A script's own Config adds its flags to those below.
+A value comes from the command line; else, for task and networks, from the checkpoint that the run
+starts from; else from presets.py. Nothing here is about the method: a script's own Config adds its
+flags to those below.
 """
 import argparse
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 
 import data as datasets
-from console import MOST_THREADS, demand, fail, pick_device
+import presets
+from console import MOST_THREADS, demand, fail, parser, pick_device
 from model import UPDATERS, CheckpointError, load_checkpoint
+from sources.files import Data
 
-
-def flag(default, help: str, group: str = "method", choices=None):
-    """A command-line flag as a dataclass field. `group` says who owns it: "task" and "model" flags come from
-    the checkpoint where one is given; "length" flags, how long and where, may change on resume; all others may not."""
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, choices=choices))
-
-
-@dataclass
-class Config:
-    """Flags of every training script. Defaults are those of the laptop preset."""
-    dataset: str = flag("glyphs", "what to learn", "task", sorted(datasets.OPTIONS))
-    image_size: int = flag(None, "pixels a side, for images", "task")
-    levels: int = flag(None, "grey levels: 2 or 256", "task")
-    binarize: str = flag(None, "how mnist gets its 2 levels: at half intensity, or one fixed Bernoulli draw", "task",
-                         ("threshold", "static"))
-    glyphs: str = flag(None, "the characters", "task")
-    jitter: float = flag(None, "strength of the random affine maps", "task")
-    length: int = flag(None, "sequence length T, BOS included", "task")
-    data_file: str = flag(None, "the text to learn, any UTF-8 file, plain or gzipped", "length")
-    symbols: int = flag(None, "number of symbols", "task")
-    noise: float = flag(None, "probability that a target is redrawn", "task")
-    needle_range: int = flag(None, "last position of the needle; 0 = the end of the first quarter", "task")
-    reverse: bool = flag(None, "ask for the string backwards", "task")
-    depth: int = flag(None, "height of a full stack", "task")
-    keys: int = flag(None, "number of key-value pairs", "task")
-    key_len: int = flag(None, "symbols in a key", "task")
-    examples: int = flag(None, "examples in context", "task")
-    modulus: int = flag(None, "p of y = a x + b (mod p)", "task")
-    items: int = flag(None, "things that are permuted", "task")
-
-    rnn: str = flag("transformer", "updater of the RNN", "model", sorted(UPDATERS))
-    encoder: str = flag("causal", "attention pattern of the encoder", "model", ("bidirectional", "causal"))
-    d_model: int = flag(64, "d: width of memory tokens and residual streams", "model")
-    n_heads: int = flag(2, "H: attention heads", "model")
-    head_dim: int = flag(0, "width of a head; 0 = d / H", "model")
-    mem_tokens: int = flag(4, "K: memory tokens", "model")
-    enc_layers: int = flag(2, "layers of the encoder", "model")
-    dec_layers: int = flag(2, "layers of the decoder and the readout", "model")
-    rnn_layers: int = flag(2, "layers of the updater", "model")
-    ctx_len: int = flag(0, "Tc: most tokens the encoder reads; 0 = the whole sequence", "model")
-    fut_len: int = flag(16, "Tf: future outputs the decoder predicts; 0 = the whole sequence", "model")
-    timestamps: bool = flag(True, "give encoder, decoder and updater the absolute time of every token", "model")
-
-    data_dir: str = flag(os.environ.get("SMT_DATA_DIR", "data"), "where data files are, or are downloaded to; the "
-                         "environment variable SMT_DATA_DIR changes the default", "length")
-    out_dir: str = flag("", "where the run writes; empty = runs/<script>-<dataset>", "length")
-    preset: str = flag("", "sizes and recipe; empty = gpu on CUDA, else laptop", choices=("laptop", "gpu", "paper"))
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...", "length")
-    threads: int = flag(0, "CPU threads; 0 = torch's choice", "length")
-    seed: int = flag(0, "seed of weights and batches")
-    steps: int = flag(0, "length of the run in optimiser steps; 0 = no limit", "length")
-    minutes: float = flag(4.75, "length of the run in minutes, all resumes together; 0 = no limit", "length")
-    stop_after: float = flag(0.0, "end this call after so many minutes, saved and resumable; 0 = never", "length")
-    batch_size: int = flag(24, "sequences a step")
-    optimizer: str = flag("muon", "muon for the matrices and AdamW for the rest, or adamw for all",
-                          choices=("muon", "adamw"))
-    lr: float = flag(5e-3, "peak learning rate; adamw wants about a quarter of what muon takes")
-    warmup: int = flag(50, "steps of linear warm-up")
-    decay: bool = flag(True, "cosine decay of the learning rate to 5 %% of its peak at the end of the run")
-    ema: float = flag(0.99, "decay of the average of the weights that is evaluated, saved and sampled; 0 = none")
-    log_every: int = flag(50, "steps between log lines", "length")
-    eval_every: int = flag(250, "steps between evaluations on the validation split; 0 = only at the end", "length")
-    n_val: int = flag(200, "validation sequences of an evaluation, and at most 40 samples", "length")
-    ckpt_every: int = flag(250, "steps between checkpoints; 0 = only at the end", "length")
-    compile: bool = flag(False, "torch.compile the Transformer blocks")
-    resume: bool = flag(False, "continue the run in out_dir", "length")
-    overwrite: bool = flag(False, "replace the run in out_dir", "length")
-
-
-# The paper's sizes for "paper"; "gpu" keeps the sizes and takes the cheaper labels and schedule.
-_big = dict(d_model=256, n_heads=4, mem_tokens=16, enc_layers=8, dec_layers=4, rnn_layers=8, batch_size=128)
-SIZES = {
-    "laptop": dict(),
-    "gpu": _big | dict(lr=1e-3, warmup=200, eval_every=500, ckpt_every=500),
-    "paper": _big | dict(n_heads=8, head_dim=64, encoder="bidirectional", ctx_len=256, fut_len=64, timestamps=False,
-                         optimizer="adamw", lr=3e-4, ema=0.0, minutes=0.0, eval_every=1000, ckpt_every=1000),
+GROUPS = {  # of flags, in the order of --help
+    "task": "what is learnt; the options of another dataset are shown by --dataset NAME --help",
+    "networks": "their form and size",
+    "method": "how they learn; defaults are shown for --preset {} and --dataset {}",
+    "run": "how long, where and how often; these flags alone may change with --resume",
 }
 
 
-def preset_values(preset: str, dataset: str, own: dict) -> dict:
-    """Values of a preset; `own` are the script's: {preset: values, (preset, kind): values}, where a kind is "synthetic",
-    "tracking" (some of the synthetic tasks), "text" or a dataset."""
-    kind = "synthetic" if dataset in datasets.SYNTHETIC else "text" if dataset in datasets.TEXTS else dataset
-    out = SIZES[preset] | own.get(preset, {})
-    if kind == "synthetic":  # the paper: Tc = Tf = T for these
-        out |= dict(ctx_len=0, fut_len=0)
-    elif preset == "laptop":
-        out |= dict(image_size=14) if kind == "mnist" else dict(length=128) if kind == "text" else {}
-    return out | own.get((preset, kind), {}) | (own.get((preset, "tracking"), {}) if dataset in datasets.TRACKING else {})
+def flag(help: str, group: str = "method", choices=None, default=dataclasses.MISSING):
+    """A command-line flag as a dataclass field. Flags of the groups "task" and "networks" come from
+    the checkpoint where one is given. A flag without a default here has its value in presets.py."""
+    return dataclasses.field(default=default,
+                             metadata=dict(help=help, group=group, choices=choices))
 
 
-def parse(Config, argv, own_presets: dict, script: str, doc: str, unused: tuple = ()):
-    """Flags -> (config, checkpoint to build the networks from, or None). Flags in `unused` mean nothing to the script.
+# A field for every option of a dataset; None where the dataset at hand has no such option. A text
+# may move between two calls of a run, so where it lies is no part of the task.
+Options = dataclasses.make_dataclass("Options", kw_only=True, fields=[
+    (name, datasets.option_type(name),
+     flag(about, "run" if name == "data_file" else "task", default=None))
+    for name, about in datasets.HELP.items()])
 
-    Values come, from weakest to strongest: defaults, preset, the checkpoint of --ckpt or --init (task and model), the
-    command line. With --resume everything comes from the stored run, and the command line may only change "length"
-    flags; the checkpoint is then the run's own. Raises UserError, CheckpointError.
-    """
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    group = {name: f.metadata["group"] for name, f in fields.items()}
-    p = argparse.ArgumentParser(prog=f"{script}.py", description=doc, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail  # one line instead of a usage block
-    add_flags(p, [f for f in fields.values() if f.name not in unused])
-    given = vars(p.parse_args(argv))
-    if given.get("resume") and given.get("overwrite"):
-        fail("--resume continues a run and --overwrite replaces it; give one of them")
 
-    source = given.get("ckpt") or given.get("init")
-    ckpt = open_checkpoint(source) if source else None
-    values = {k: v for k, v in ckpt["config"].items() if group.get(k) in ("task", "model")} if ckpt else {}
-    for name in given:
-        if ckpt and group[name] in ("task", "model"):
-            fail(f"--{name} comes from the checkpoint {source}; leave it out, or train a new one")
-    if ckpt:
-        values |= where(given, ckpt["config"])
-    dataset = values.get("dataset") or given.get("dataset") or fields["dataset"].default
-    out_dir = given.get("out_dir") or f"runs/{script}-{dataset}"
-    newest = os.path.join(out_dir, "ckpt.pt")
-    if given.get("resume"):
-        ckpt = open_checkpoint(newest)
-        values = ckpt["config"] | dict(overwrite=False, stop_after=0.0)
-        if ckpt["script"] != script:
-            fail(f"--out_dir {out_dir} holds a run of {ckpt['script']}.py; resume it with that script")
-        for name, f in fields.items():
-            if f.metadata["group"] != "length" and name not in values:
-                raise CheckpointError(f"{newest}: does not say what --{name} was; it comes from another version, start again "
-                                      "with --overwrite or another --out_dir")
-        for name in given:
-            if group[name] != "length" and given[name] != values.get(name):
-                fail(f"--{name} {given[name]} differs from {values.get(name)} in {out_dir}; only run length and logging "
-                     "may change on --resume")
-    else:
-        if os.path.exists(newest) and not given.get("overwrite"):
-            fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or another --out_dir")
-        device = pick_device(given.get("device", "auto"))
-        preset = given.get("preset") or (ckpt["config"]["preset"] if ckpt else
-                                         "gpu" if device.startswith("cuda") else "laptop")
-        values = preset_values(preset, dataset, own_presets) | values | dict(preset=preset)
-    for one, other in (("steps", "minutes"), ("minutes", "steps")):
-        if given.get(one):
-            values[other] = 0  # a run counted in steps has no clock, so that it can be repeated exactly
-    cfg = Config(**{k: v for k, v in (values | given | dict(out_dir=out_dir)).items() if k in fields})
+@dataclass(kw_only=True)
+class Config(Options):
+    """Flags of every training script."""
+    dataset: str = flag(", ".join(datasets.OPTIONS), "task", tuple(datasets.OPTIONS), "glyphs")
+
+    rnn: str = flag("updater of the RNN", "networks", sorted(UPDATERS))
+    encoder: str = flag("attention pattern of the encoder", "networks",
+                        ("bidirectional", "causal"))
+    d_model: int = flag("d: width of memory tokens and residual streams", "networks")
+    n_heads: int = flag("H: attention heads", "networks")
+    head_dim: int = flag("width of a head; 0 = d / H", "networks")
+    mem_tokens: int = flag("K: memory tokens", "networks")
+    enc_layers: int = flag("layers of the encoder", "networks")
+    dec_layers: int = flag("layers of the decoder and the readout", "networks")
+    rnn_layers: int = flag("layers of the updater", "networks")
+    ctx_len: int = flag("Tc: most tokens the encoder reads; 0 = the sequence", "networks")
+    fut_len: int = flag("Tf: future outputs the decoder predicts; 0 = the sequence", "networks")
+    timestamps: bool = flag("tell encoder, decoder and updater the time of tokens", "networks")
+
+    preset: str = flag("sizes and recipe; empty = gpu on CUDA, else laptop", "method",
+                       tuple(presets.PRESETS), "")
+    seed: int = flag("seed of weights and batches", default=0)
+    batch_size: int = flag("sequences a step")
+    optimizer: str = flag("muon for matrices and AdamW for the rest, or adamw for all",
+                          choices=("muon", "adamw"))
+    lr: float = flag("peak learning rate; adamw wants about a quarter of muon's")
+    warmup: int = flag("steps of linear warm-up")
+    decay: bool = flag("cosine decay of the learning rate to 5 %% of its peak")
+    ema: float = flag("decay of the averaged weights, which are evaluated and saved; 0 = none")
+    compile: bool = flag("torch.compile the Transformer blocks", default=False)
+
+    steps: int = flag("length of the run in optimiser steps; 0 = no limit", "run")
+    minutes: float = flag("its length in minutes, all resumes together; 0 = no limit", "run")
+    stop_after: float = flag("end this call after so many minutes, resumable; 0 = never", "run",
+                             default=0.0)
+    device: str = flag("auto, cpu, cuda, cuda:1, mps ...", "run", default="auto")
+    threads: int = flag("CPU threads; 0 = torch's choice", "run", default=0)
+    data_dir: str = flag("where data files are or go; $SMT_DATA_DIR changes the default", "run",
+                         default=os.environ.get("SMT_DATA_DIR", "data"))
+    out_dir: str = flag("where the run writes; empty = runs/<script>-<dataset>", "run", default="")
+    log_every: int = flag("steps between log lines", "run")
+    eval_every: int = flag("steps between evaluations; 0 = only at the end", "run")
+    n_val: int = flag("validation sequences of an evaluation", "run")
+    ckpt_every: int = flag("steps between checkpoints; 0 = only at the end", "run")
+    resume: bool = flag("continue the run in out_dir", "run", default=False)
+    overwrite: bool = flag("replace the run in out_dir", "run", default=False)
+
+
+def kinds(dataset: str) -> tuple:
+    """The names under which presets.KINDS knows a dataset."""
+    if dataset in datasets.TRACKING:
+        return "synthetic", "tracking"
+    return ("synthetic",) if dataset in datasets.SYNTHETIC else \
+        ("text",) if dataset in datasets.TEXTS else (dataset,)
+
+
+def config(script: str, Flags, preset="laptop", dataset="glyphs", recipe=None, **changes):
+    """A Flags, which is a Config, from a preset's recipe for the dataset, and `changes`."""
+    recipe = recipe or functools.partial(presets.recipe, script)
+    values = recipe(preset, kinds(dataset)) | dict(preset=preset, dataset=dataset) | changes
+    names = [f.name for f in dataclasses.fields(Flags)]
+    cfg = Flags(**{k: v for k, v in values.items() if k in names})
     cfg.data_dir = os.path.abspath(cfg.data_dir)  # a checkpoint may be used from another folder
     cfg.data_file = cfg.data_file and os.path.abspath(cfg.data_file)
+    options = datasets.OPTIONS[dataset]
+    for name in datasets.HELP:
+        if name not in options or getattr(cfg, name) is None:
+            setattr(cfg, name, options.get(name))
+    return cfg
 
+
+# ------------------------------------------------------------------------------ the command line
+
+def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
+    """argv -> (config, checkpoint to build the networks from, or None). Flags in `unused` mean
+    nothing to the script; `recipe` is for a script that presets.py does not know.
+
+    With --resume everything comes from the stored run, and the checkpoint is the run's own.
+    Raises UserError, CheckpointError.
+    """
+    fields = {f.name: f for f in dataclasses.fields(Flags) if f.name not in unused}
+    given = read(script, fields, argv, doc, recipe or functools.partial(presets.recipe, script))
+    if given.get("resume") and given.get("overwrite"):
+        fail("--resume continues a run and --overwrite replaces it; give one of them")
+    values, ckpt = taken_from_checkpoint(given)
+    dataset = values.get("dataset") or given.get("dataset") or Config.dataset
+    out_dir = given.get("out_dir") or f"runs/{script}-{dataset}"
+    if given.get("resume"):
+        ckpt = stored_run(script, out_dir, given, fields)
+        values = ckpt["config"] | dict(overwrite=False, stop_after=0.0)
+    else:
+        if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and not given.get("overwrite"):
+            fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or "
+                 "another --out_dir")
+        device = pick_device(given.get("device", "auto"))
+        values["preset"] = given.get("preset") or (
+            ckpt["config"]["preset"] if ckpt else
+            "gpu" if device.startswith("cuda") else "laptop")
+    for one, other in (("steps", "minutes"), ("minutes", "steps")):
+        if given.get(one):
+            values[other] = 0  # a run counted in steps has no clock: it can be repeated exactly
+    values = dict(dataset=dataset) | values | given | dict(out_dir=out_dir)
+    cfg = config(script, Flags, recipe=recipe, **values)
     datasets.refuse_foreign_options(cfg.dataset, given)
-    own = datasets.OPTIONS[cfg.dataset]
-    for name in task_flags():
-        if name not in own or getattr(cfg, name) is None:
-            setattr(cfg, name, own.get(name))
-    check(cfg)
+    refuse_nonsense(cfg)
     return cfg, ckpt
 
 
-def add_flags(parser, fields) -> None:
-    """Offer dataclass fields on a command line; what is not given stays absent."""
-    for f in fields:
-        owners = {d: o[f.name] for d, o in datasets.OPTIONS.items() if f.name in o}
-        shown = ", ".join(f"{v} for {d}" for d, v in owners.items() if v not in (None, "")) or f.default
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__)
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {'-' if shown in ('', None) else shown})", **kind)
+def read(script: str, fields: dict, argv, doc: str, recipe) -> dict:
+    """The flags on the command line, by name; what is not given is absent. --help answers for the
+    dataset and the preset that are given with it."""
+    dataset, preset = named(argv, "--dataset", Config.dataset), named(argv, "--preset", "laptop")
+    if preset not in presets.PRESETS:
+        preset = "laptop"  # the parser refuses it below
+    options = datasets.OPTIONS.get(dataset, {})
+    defaults = {f.name: f.default for f in fields.values()} | options | \
+        recipe(preset, kinds(dataset))
+    p = parser(f"{script}.py", doc)
+    groups = {name: p.add_argument_group(name, about.format(preset, dataset))
+              for name, about in GROUPS.items()}
+    if "ckpt" in fields:
+        groups["task"].description = groups["networks"].description = "come from --ckpt"
+    for f in sorted(fields.values(), key=lambda f: f.name != "dataset"):  # which comes first
+        group, default = f.metadata["group"], defaults[f.name]
+        hidden = "ckpt" in fields and group in ("task", "networks") or \
+            f.name in datasets.HELP and f.name not in options
+        shown = "-" if default in ("", None) else default
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=f.metadata["choices"],
+            metavar=None if f.metadata["choices"] and f.name != "dataset" else f.type.__name__)
+        groups[group].add_argument(
+            f"--{f.name}", default=argparse.SUPPRESS, **how,
+            help=argparse.SUPPRESS if hidden else f"{f.metadata['help']} (default: {shown})")
+    return vars(p.parse_args(argv))
 
 
-def task_flags() -> list[str]:
-    """Names of the flags that belong to datasets."""
-    return list(dict.fromkeys(name for options in datasets.OPTIONS.values() for name in options))
+def named(argv, flag: str, default: str) -> str:
+    """The value that follows a flag on the command line."""
+    for word, following in zip(argv, [*argv[1:], default]):
+        if word == flag or word.startswith(flag + "="):
+            return following if word == flag else word.removeprefix(flag + "=")
+    return default
 
 
-def open_checkpoint(path: str) -> dict:
-    """load_checkpoint, whose task and preset are known here. Raises CheckpointError."""
-    ckpt = load_checkpoint(path)
-    for name, known in (("dataset", datasets.OPTIONS), ("preset", SIZES)):
-        if ckpt["config"][name] not in list(known):
-            raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; it comes from another "
-                                  "version")
+def taken_from_checkpoint(given: dict) -> tuple[dict, dict | None]:
+    """(task and networks of the checkpoint that --ckpt or --init names, the checkpoint)."""
+    source = given.get("ckpt") or given.get("init")
+    if not source:
+        return {}, None
+    ckpt = open_checkpoint(source)
+    theirs = [f.name for f in dataclasses.fields(Config)
+              if f.metadata["group"] in ("task", "networks")]
+    for name in given:
+        if name in theirs:
+            fail(f"--{name} comes from the checkpoint {source}; leave it out, or train a new one")
+    values = {k: v for k, v in ckpt["config"].items() if k in theirs}
+    return values | data_places(given, ckpt["config"]), ckpt
+
+
+def stored_run(script: str, out_dir: str, given: dict, fields: dict) -> dict:
+    """The newest checkpoint of the run in out_dir, which these flags may continue."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    ckpt = open_checkpoint(path)
+    if ckpt["script"] != script:
+        fail(f"--out_dir {out_dir} holds a run of {ckpt['script']}.py; resume it with that script")
+    for name, f in fields.items():
+        then = ckpt["config"].get(name)
+        if f.metadata["group"] == "run":
+            continue
+        if name not in ckpt["config"]:
+            raise CheckpointError(f"{path}: does not say what --{name} was; it comes from another "
+                                  "version, start again with --overwrite or another --out_dir")
+        if name in given and given[name] != then:
+            fail(f"--{name} {given[name]} differs from {then} in {out_dir}; only run length and "
+                 "logging may change on --resume")
     return ckpt
 
 
-def where(given: dict, config: dict) -> dict:
-    """Where the data of a checkpoint with this config are, unless flags say otherwise: a text or folder of one's own stays
-    the one it was trained on; everything else is looked for where this machine keeps its data."""
-    own = {k: config[k] for k in ("data_file",) + ("data_dir",) * (config.get("dataset") == "images") if config.get(k)}
-    return dict(data_dir=Config.data_dir) | own | {k: v for k, v in given.items() if k in ("data_dir", "data_file") and v}
-
-
-def add_data_flags(parser) -> None:
-    """For scripts that read a checkpoint's data again."""
-    parser.add_argument("--data_dir", default="",
-                        help=f"where the data is (default: {Config.data_dir}, for images the folder trained on)")
-    parser.add_argument("--data_file", default="", help="the text of --dataset text (default: the one trained on)")
-
-
-def check(cfg) -> None:
+def refuse_nonsense(cfg) -> None:
     """Refuse values no run can mean. Raises UserError naming the flag."""
-    least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size n_val log_every pairs runs "
-                          "micro".split(), 1) | dict(run_len=2)
-    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1, enc_layers=1000, dec_layers=1000, rnn_layers=1000)
+    least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size "
+                          "n_val log_every pairs runs micro".split(), 1) | dict(run_len=2)
+    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1,
+                enc_layers=1000, dec_layers=1000, rnn_layers=1000)
     for name, value in vars(cfg).items():
         if type(value) in (int, float):
             demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))
     if cfg.lr == 0:
         fail(f"--lr {cfg.lr} is not allowed; give a number above 0, such as 1e-3")
     if cfg.batch_size % getattr(cfg, "micro", 1):
-        fail(f"--batch_size {cfg.batch_size} is not a multiple of --micro {cfg.micro}; change one of them")
+        fail(f"--batch_size {cfg.batch_size} is not a multiple of --micro {cfg.micro}; "
+             "change one of them")
     if not cfg.steps and not cfg.minutes:
         fail("--steps and --minutes are both 0, so the run would never end; give one of them")
     if not cfg.head_dim and cfg.d_model % cfg.n_heads:
-        fail(f"--d_model {cfg.d_model} is not a multiple of --n_heads {cfg.n_heads}; change one, or give --head_dim")
+        fail(f"--d_model {cfg.d_model} is not a multiple of --n_heads {cfg.n_heads}; "
+             "change one, or give --head_dim")
     if (cfg.head_dim or cfg.d_model // cfg.n_heads) % 2:
-        fail(f"--head_dim {cfg.head_dim or cfg.d_model // cfg.n_heads} is odd; RoPE rotates pairs, make it even")
+        fail(f"--head_dim {cfg.head_dim or cfg.d_model // cfg.n_heads} is odd; RoPE rotates pairs, "
+             "make it even")
     if cfg.encoder == "causal" and cfg.ctx_len == 1:
-        fail("--ctx_len 1 leaves a causal encoder one memory and no transition; give 0 (all) or at least 2")
+        fail("--ctx_len 1 leaves a causal encoder one memory and no transition; "
+             "give 0 (all) or at least 2")
+
+
+# ---------------------------------------------------------------------------- checkpoints to read
+
+def open_checkpoint(path: str) -> dict:
+    """load_checkpoint, whose task and preset are known here. Raises CheckpointError."""
+    ckpt = load_checkpoint(path)
+    for name, known in (("dataset", datasets.OPTIONS), ("preset", presets.PRESETS)):
+        if ckpt["config"][name] not in list(known):
+            raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; "
+                                  "it comes from another version")
+    return ckpt
+
+
+def load_data(config: dict, device: str, ckpt: dict | None = None) -> Data:
+    """The dataset a config (of a run or of a checkpoint) describes. Raises CheckpointError where
+    the networks of `ckpt` were built for other sequences."""
+    name = config.get("dataset")
+    options = {k: config.get(k) for k in datasets.OPTIONS.get(name, ())}
+    task = datasets.load(name, data_dir=config["data_dir"], device=device, **options)
+    if ckpt and any(ckpt["model"].get(k) != getattr(task, k) for k in ("vocab", "n_out", "T")):
+        raise CheckpointError(f"{ckpt['path']}: its networks do not fit the sequences of {name} "
+                              "that its config describes; it is damaged or comes from another "
+                              "version")
+    return task
+
+
+def data_places(given: dict, config: dict) -> dict:
+    """Where the data of a checkpoint with this config are, unless flags say otherwise: a text or
+    folder of one's own stays the one it was trained on; everything else is looked for where this
+    machine keeps its data."""
+    names = ("data_file", "data_dir") if config.get("dataset") == "images" else ("data_file",)
+    stored = {k: config[k] for k in names if config.get(k)}
+    now = {k: v for k, v in given.items() if k in ("data_dir", "data_file") and v}
+    return dict(data_dir=Config.data_dir) | stored | now
+
+
+def add_data_flags(p) -> None:
+    """For scripts that read a checkpoint's data again."""
+    p.add_argument("--data_dir", default="",
+                   help=f"where the data is (default: {Config.data_dir}; for images the folder "
+                        "trained on)")
+    p.add_argument("--data_file", default="",
+                   help="the text of --dataset text (default: the one trained on)")

@@ -140,7 +140,7 @@ def main(argv=None) -> None:
     device = pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
     image, T, name = ckpt["image"], rnn.c.T, ckpt["config"]["dataset"]
-    config, gen = ckpt["config"] | flags.where(vars(a), ckpt["config"]), torch.Generator().manual_seed(a.seed)
+    config, gen = ckpt["config"] | flags.data_places(vars(a), ckpt["config"]), torch.Generator().manual_seed(a.seed)
     if a.prefix and image is None:
         fail(f"--prefix completes images, and this checkpoint was trained on {name}")
     if a.prompt and name not in datasets.TEXTS:
@@ -149,12 +149,12 @@ def main(argv=None) -> None:
         print(stories(rnn, a.n or 3, a.chars, gen, a.temperature, a.top_k, a.prompt), end="")
         return
     if image is None:
-        print(answers(trainer.load_data(config, device, ckpt), rnn, a.n or 16), end="")
+        print(answers(flags.load_data(config, device, ckpt), rnn, a.n or 16), end="")
         return
     n = a.n or 40
     if a.prefix:  # one test image a row: 0, 1/8 .. 3/4 of it given, and at the right the image itself
         known = torch.tensor([0, T // 8, T // 4, T // 2, 3 * T // 4, T]).repeat(n)
-        given = trainer.load_data(config, "cpu", ckpt).held_out("test", n)["y"].repeat_interleave(6, 0)
+        given = flags.load_data(config, "cpu", ckpt).held_out("test", n)["y"].repeat_interleave(6, 0)
         out, columns = generate(rnn, len(given), T, gen, a.temperature, a.top_k, given, known[:len(given)]), 6
     else:
         out, columns = generate(rnn, n, T, gen, a.temperature, a.top_k), 8

@@ -22,35 +22,18 @@ from model import RNN, Decoder, Encoder, cross_entropy, futures
 from sample import draw_samples
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(flags.Config):
-    lambda_dec: float = flag(1.0, "weight of the decoder's loss, Eq. 2")
-    lambda_dyn: float = flag(0.3, "weight of the one-step dynamics loss, Eq. 3")
-    lambda_unif: float = flag(0.001, "weight of the uniformity loss, Eq. 4")
-    detach_rnn: bool = flag(False, "detached SMT: nothing of the RNN shapes the memories: no gradient of L_dyn to them, no "
-                             "--decode_own")
-    runs: int = flag(2, "runs of consecutive times in each sequence")
-    run_len: int = flag(8, "times in a run; each run holds run_len - 1 transitions")
-    chain: float = flag(0.9, "probability that a transition starts from the RNN's own memory; 0 = the paper's Eq. 3")
-    decode_own: float = flag(0.5, "probability that the decoder reads what the RNN made of m_t instead of m_t; 0 = the "
-                              "paper's Eq. 2")
-    decode: int = flag(0, "memories of each sequence that the decoder reads, a random choice from its runs; 0 = all of them")
-    micro: int = flag(1, "micro-batches a step, each with its own times and batch_size / micro sequences")
-
-
-PRESETS = {
-    ("laptop", "mnist"): dict(minutes=15.0),
-    ("laptop", "text"): dict(minutes=12.0),
-    ("laptop", "sketchy"): dict(minutes=10.0, batch_size=12, n_val=40, fut_len=40, runs=1),  # Tf: more than a row
-    ("laptop", "synthetic"): dict(minutes=6.0, batch_size=64, runs=1, decode=1, decode_own=0.0),  # a whole future is long
-    # a target at every step: short futures from many memories ask for the state sooner than long ones from one
-    ("laptop", "tracking"): dict(batch_size=40, run_len=16, fut_len=8, decode=10, decode_own=0.5),
-    "gpu": dict(minutes=12.0),
-    "paper": dict(lambda_dyn=0.1, lambda_unif=0.001, chain=0.0, decode_own=0.0, steps=150_000, warmup=1500, decay=False,
-                  runs=1, run_len=2, micro=4),
-    # as in the paper, synthetic tasks train many memories of each sequence
-    ("paper", "synthetic"): dict(lambda_dyn=0.1, lambda_unif=0.001, runs=8, micro=1),
-}
+    lambda_dec: float = flag("weight of the decoder's loss, Eq. 2")
+    lambda_dyn: float = flag("weight of the one-step dynamics loss, Eq. 3")
+    lambda_unif: float = flag("weight of the uniformity loss, Eq. 4")
+    detach_rnn: bool = flag("the RNN does not shape the memories: no gradient, no --decode_own")
+    runs: int = flag("runs of consecutive times in each sequence")
+    run_len: int = flag("times in a run, which holds run_len - 1 transitions")
+    chain: float = flag("how often a transition starts from the RNN's memory; the paper: 0")
+    decode_own: float = flag("how often the decoder reads what the RNN made; the paper: 0")
+    decode: int = flag("memories of each sequence that the decoder reads; 0 = all")
+    micro: int = flag("micro-batches a step, each with times of its own")
 
 
 def sample_times(T: int, runs: int, run_len: int, gen: torch.Generator) -> Tensor:
@@ -110,7 +93,7 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
 
 
 def main(argv=None) -> None:
-    cfg, _ = flags.parse(Config, argv, PRESETS, "smt", __doc__)
+    cfg, _ = flags.parse("smt", Config, argv, __doc__)
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))

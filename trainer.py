@@ -27,10 +27,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import data as datasets
 from console import fail, pick_device
+from flags import load_data
 from model import CheckpointError, ModelConfig, load_checkpoint
 from muon import Muon
+from sources.files import Data
 
 
 def autocast(device: str):
@@ -38,7 +39,7 @@ def autocast(device: str):
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
 
 
-def setup(cfg, ckpt: dict | None = None) -> tuple[str, datasets.Data]:
+def setup(cfg, ckpt: dict | None = None) -> tuple[str, Data]:
     """Device and data of a run, which fit the checkpoint it starts from; seeds torch."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -47,19 +48,7 @@ def setup(cfg, ckpt: dict | None = None) -> tuple[str, datasets.Data]:
     return device, load_data(vars(cfg), device, ckpt)
 
 
-def load_data(config: dict, device: str, ckpt: dict | None = None) -> datasets.Data:
-    """The dataset a config (of a run or of a checkpoint) describes. Raises CheckpointError where the networks of `ckpt`
-    were built for other sequences."""
-    name = config.get("dataset")
-    options = {k: config.get(k) for k in datasets.OPTIONS.get(name, ())}
-    task = datasets.load(name, data_dir=config["data_dir"], device=device, **options)
-    if ckpt and any(ckpt["model"].get(k) != getattr(task, k) for k in ("vocab", "n_out", "T")):
-        raise CheckpointError(f"{ckpt['path']}: its networks do not fit the sequences of {name} that its config describes; "
-                              "it is damaged or comes from another version")
-    return task
-
-
-def model_config(cfg, task: datasets.Data) -> ModelConfig:
+def model_config(cfg, task: Data) -> ModelConfig:
     """Network sizes from flags and data; Tc and Tf are cut to the sequence. Raises UsageError."""
     cut = lambda n: min(n, task.T) if n else task.T
     if cfg.encoder == "causal" and task.timestamps and cut(cfg.ctx_len) < task.T:
@@ -107,7 +96,7 @@ class Run:
     """
 
     def __init__(self, cfg, script: str, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]],
-                 model: ModelConfig, task: datasets.Data, device: str, validate, draw, select: str,
+                 model: ModelConfig, task: Data, device: str, validate, draw, select: str,
                  refresh=lambda: None, every: int = 1):
         self.cfg, self.script, self.nets, self.model, self.task, self.device = cfg, script, nets, model, task, device
         self.validate, self.draw, self.select, self.refresh, self.every = validate, draw, select, refresh, every

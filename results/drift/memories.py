@@ -24,7 +24,7 @@ from model import build  # noqa: E402
 def describe(path: str, n: int = 32) -> dict[str, float]:
     ckpt = flags.open_checkpoint(path)
     encoder, = build(ckpt, "encoder")
-    task = trainer.load_data(ckpt["config"] | flags.where({}, ckpt["config"]), "cpu", ckpt)
+    task = flags.load_data(ckpt["config"] | flags.data_places({}, ckpt["config"]), "cpu", ckpt)
     x = task.held_out("val", n)["x"]
     m = encoder(x, torch.arange(task.T))                                        # (n, T, K, d)
     gen = torch.Generator().manual_seed(0)

@@ -27,7 +27,7 @@ def errors(path: str, n: int = 16) -> list[float]:
     """Mean square distance to the exact rollout after 0, 1, .. T - 1 sweeps, in units of the memories' variance."""
     ckpt = flags.open_checkpoint(path)
     encoder, rnn = build(ckpt, "encoder", "rnn")
-    task = trainer.load_data(ckpt["config"] | flags.where({}, ckpt["config"]), "cpu", ckpt)
+    task = flags.load_data(ckpt["config"] | flags.data_places({}, ckpt["config"]), "cpu", ckpt)
     x = task.held_out("val", n)["x"]
     m = encoder(x, torch.arange(task.T))
     exact, variance, t = rnn.memories(x), m.flatten(0, 1).var(0).mean(), torch.arange(1, task.T)

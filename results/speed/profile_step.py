@@ -36,7 +36,7 @@ def shares(step, repeat: int) -> tuple[dict[str, float], float]:
 
 def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
-    b = bench.Bench("laptop", "mnist", "cpu", flags.Config().data_dir)
+    b = bench.Bench("laptop", "mnist", "cpu", flags.Config.data_dir)
     print(f"large matrix product: {bench.matmul_rate('cpu') / 1e9:.0f} GFLOP/s")
     for name, step, repeat in (("SMT, a step", b.smt_ours, 8), ("DMT, a round", b.dmt_ours, 3), ("BPTT, a step", b.bptt, 3)):
         spent, rate = shares(step, repeat)

@@ -1,31 +1,32 @@
 """An outside yardstick: a plain causal Transformer of the teacher's size, trained by next-token loss.
 
-    python transformer.py --dataset mnist
+    python results/yardstick/transformer.py --dataset mnist
 
 It is the Decoder without memory, with the layers of encoder and decoder together. It reads its whole past again at
 every step, so it is no RNN; it says what the data allow. evaluate.py reports it in the column "teacher". Writes
 runs/transformer-<dataset>.
 """
 import dataclasses
+import os
+import sys
 
 import torch
 from torch import Tensor
 
-import flags
-import trainer
-from console import cli
-from evaluate import evaluate, summary
-from model import Decoder, cross_entropy
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import flags  # noqa: E402
+import presets  # noqa: E402
+import trainer  # noqa: E402
+from console import cli  # noqa: E402
+from evaluate import evaluate, summary  # noqa: E402
+from model import Decoder, cross_entropy  # noqa: E402
 
 
-PRESETS = {
-    ("laptop", "mnist"): dict(minutes=25.0),
-    ("laptop", "text"): dict(minutes=18.0),
-    ("laptop", "sketchy"): dict(minutes=15.0, batch_size=12, n_val=40),
-    ("laptop", "synthetic"): dict(minutes=10.0),
-    "gpu": dict(minutes=17.0),
-    "paper": dict(steps=150_000, warmup=1500, decay=False),
-}
+def recipe(preset: str, kinds: tuple) -> dict:
+    """SMT's recipe, with BPTT's minutes (those of SMT and DMT together) and small batches."""
+    smt, bptt = (presets.recipe(method, preset, kinds) for method in ("smt", "bptt"))
+    small = {"batch_size": 24} if preset == "laptop" and "synthetic" in kinds else {}
+    return smt | {"minutes": bptt["minutes"]} | small
 
 
 def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def main(argv=None) -> None:
-    cfg, _ = flags.parse(flags.Config, argv, PRESETS, "transformer", __doc__,
+    cfg, _ = flags.parse("transformer", flags.Config, argv, __doc__, recipe,
                          unused=("rnn", "encoder", "mem_tokens", "rnn_layers", "ctx_len", "fut_len"))
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)

@@ -1,0 +1,186 @@
+"""Every recipe in one table: what the flags are when nobody gives them.
+
+    (SMT, DMT, BPTT)      one value each
+    value                 the same for all three
+    _                     the method has no such flag; in a later block: stays as it was
+
+`laptop` names every flag. `gpu` and `paper` say what differs from it, and so do the blocks of
+KINDS, for some datasets. --help shows the result for the preset and dataset it is asked about.
+"""
+_ = None
+METHODS = ("smt", "dmt", "bptt")
+
+PRESETS = {}
+PRESETS["laptop"] = {
+    # networks; DMT, and BPTT that starts from a checkpoint, have theirs from there
+    "rnn": "transformer",
+    "encoder": "causal",
+    "d_model": 64,
+    "n_heads": 2,
+    "head_dim": 0,
+    "mem_tokens": 4,
+    "enc_layers": 2,
+    "dec_layers": 2,
+    "rnn_layers": 2,
+    "ctx_len": 0,
+    "fut_len": 16,
+    "timestamps": True,
+
+    # the optimiser       SMT           DMT           BPTT
+    "optimizer": "muon",
+    "lr":                (5e-3,         1e-3,         1e-2),
+    "warmup":            (50,           100,          50),
+    "decay": True,
+    "ema": 0.99,
+    "batch_size": 24,
+
+    # the objective       SMT           DMT           BPTT
+    "lambda_dec":        (1.0,          1.0,          _),
+    "lambda_dyn":        (0.3,          _,            _),
+    "lambda_unif":       (0.001,        _,            _),
+    "lambda_mse":        (_,            0.1,          _),
+    "lambda_kl":         (_,            0.0,          _),
+    "detach_rnn":        (False,        _,            _),
+    "detach_dec":        (_,            False,        _),
+    "runs":              (2,            _,            _),
+    "run_len":           (8,            _,            _),
+    "chain":             (0.9,          _,            _),
+    "decode_own":        (0.5,          _,            _),
+    "decode":            (0,            128,          _),
+    "micro":             (1,            _,            _),
+    "pairs":             (_,            512,          _),
+    "tube":              (_,            0.0,          _),
+    "horizon":           (_,            0,            _),
+    "rollout":           (_,            "sequential", _),
+    "truncate":          (_,            _,            0),
+    "recompute":         (_,            _,            0),
+
+    # the run; a step of BPTT is long, so it is logged and saved more often
+    "steps": 0,
+    "minutes": 4.75,
+    "log_every":         (50,           50,           10),
+    "eval_every":        (250,          250,          100),
+    "ckpt_every":        (250,          250,          100),
+    "n_val": 200,
+}
+
+PRESETS["gpu"] = {  # the paper's widths and depths, with the laptop's cheap labels and objective
+    "d_model": 256,
+    "n_heads": 4,
+    "mem_tokens": 16,
+    "enc_layers": 8,
+    "dec_layers": 4,
+    "rnn_layers": 8,
+    #                     SMT           DMT           BPTT
+    "lr":                (1e-3,         3e-4,         3e-4),
+    "warmup": 200,
+    "batch_size":        (128,          64,           128),
+    "pairs":             (_,            4096,         _),
+    "decode":            (_,            1024,         _),
+    "minutes":           (12.0,         5.0,          17.0),
+    "log_every": 50,
+    "eval_every": 500,
+    "ckpt_every": 500,
+}
+
+PRESETS["paper"] = {
+    "encoder": "bidirectional",
+    "d_model": 256,
+    "n_heads": 8,
+    "head_dim": 64,
+    "mem_tokens": 16,
+    "enc_layers": 8,
+    "dec_layers": 4,
+    "rnn_layers": 8,
+    "ctx_len": 256,
+    "fut_len": 64,
+    "timestamps": False,
+    "optimizer": "adamw",
+    "ema": 0.0,
+    #                     SMT           DMT           BPTT
+    "lr":                (3e-4,         3e-5,         3e-4),
+    "warmup":            (1500,         15,           1500),
+    "decay":             (False,        True,         False),
+    "batch_size":        (128,          32,           128),
+    "lambda_dyn":        (0.1,          _,            _),
+    "lambda_mse":        (_,            10.0,         _),
+    "detach_dec":        (_,            True,         _),
+    "runs":              (1,            _,            _),
+    "run_len":           (2,            _,            _),
+    "chain":             (0.0,          _,            _),
+    "decode_own":        (0.0,          _,            _),
+    "decode":            (_,            0,            _),
+    "micro":             (4,            _,            _),
+    "pairs":             (_,            4096,         _),
+    "horizon":           (_,            256,          _),
+    "steps":             (150_000,      1500,         150_000),
+    "minutes": 0.0,
+    "log_every": 50,
+    "eval_every": 1000,
+    "ckpt_every": 1000,
+}
+
+# What differs for a dataset, or for "text", "synthetic" and, of the synthetic tasks, "tracking".
+# From top to bottom; "any" stands for every preset.
+KINDS = {}
+KINDS["laptop", "mnist"] = {
+    "image_size": 14,
+    "minutes":           (15.0,         10.0,         25.0),
+}
+KINDS["laptop", "text"] = {
+    "length": 128,
+    "minutes":           (12.0,         6.0,          18.0),
+}
+KINDS["laptop", "sketchy"] = {
+    "minutes":           (10.0,         5.0,          15.0),
+    "batch_size": 12,
+    "n_val": 40,
+    "runs":              (1,            _,            _),
+    "fut_len":           (40,           _,            _),  # more than a row of pixels
+}
+KINDS["any", "synthetic"] = {  # the paper: Tc = Tf = T for these
+    "ctx_len": 0,
+    "fut_len": 0,
+}
+KINDS["laptop", "synthetic"] = {
+    "minutes":           (6.0,          4.0,          10.0),
+    "batch_size":        (64,           _,            64),
+    "lr":                (_,            _,            2e-3),
+    "runs":              (1,            _,            _),
+    "decode":            (1,            32,           _),  # a whole future is long: read few
+    "decode_own":        (0.0,          _,            _),
+    "pairs":             (_,            128,          _),
+    "lambda_dec":        (_,            0.1,          _),
+    "lambda_mse":        (_,            1.0,          _),
+    "tube":              (_,            0.5,          _),
+}
+KINDS["paper", "synthetic"] = {  # the paper trains many memories of each sequence here
+    "runs":              (8,            _,            _),
+    "micro":             (1,            _,            _),
+}
+# A target at every step: short futures from many memories ask for the state sooner than long
+# ones from one.
+KINDS["laptop", "tracking"] = {
+    "batch_size":        (40,           _,            _),
+    "run_len":           (16,           _,            _),
+    "fut_len":           (8,            _,            _),
+    "decode":            (10,           128,          _),
+    "decode_own":        (0.5,          _,            _),
+    "pairs":             (_,            512,          _),
+    "lambda_dec":        (_,            1.0,          _),
+    "lambda_mse":        (_,            0.1,          _),
+}
+
+
+def recipe(method: str, preset: str, kinds: tuple = ()) -> dict:
+    """The flags of a method, by name, for a dataset that is of these kinds."""
+    blocks = [PRESETS["laptop"], PRESETS[preset]]
+    blocks += [block for (where, kind), block in KINDS.items()
+               if where in ("any", preset) and kind in kinds]
+    out, column = {}, METHODS.index(method)
+    for block in blocks:
+        for flag, value in block.items():
+            value = value[column] if isinstance(value, tuple) else value
+            if value is not None:
+                out[flag] = value
+    return out
