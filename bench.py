@@ -33,7 +33,7 @@ import presets
 import smt
 import trainer
 from console import MOST_THREADS, cli, demand, fail, pick_device
-from model import RNN, Decoder, Encoder, cross_entropy, futures
+from model import RNN, Decoder, Encoder, autocast, cross_entropy, futures
 
 LABEL_EVERY = 16  # of the reference's DMT
 
@@ -94,7 +94,7 @@ class Bench:
         cfg = dataclasses.replace(self.smt, decode=decode or self.smt.decode)
         x, y = self.task.batch(cfg.batch_size, self.gen)
         times = smt.sample_times(self.task.T, runs or cfg.runs, run_len or cfg.run_len, self.gen)
-        with trainer.autocast(self.device):
+        with autocast(self.device):
             loss = smt.objective(self.encoder, self.decoder, self.rnn, x, y, times, cfg, self.gen)["loss"]
         self.learn(loss, self.optimizers)
         return len(x) * times.shape[0] * (times.shape[1] - 1)
@@ -102,7 +102,7 @@ class Bench:
     def smt_reference(self) -> int:
         x, y = self.task.batch(self.smt.batch_size, self.gen)
         t = int(torch.randint(1, self.task.T, (), generator=self.gen))
-        with trainer.autocast(self.device):
+        with autocast(self.device):
             loss = reference_smt(self.encoder, self.decoder, self.rnn, x, y, t, self.smt)
         self.learn(loss, self.adamw)
         return len(x)
@@ -111,7 +111,7 @@ class Bench:
         """One round: labels and own memories of a batch, then all its optimiser steps."""
         cfg, T = self.dmt, self.task.T
         x, y = self.task.batch(cfg.batch_size, self.gen)
-        with torch.no_grad(), trainer.autocast(self.device):
+        with torch.no_grad(), autocast(self.device):
             labels = self.encoder(x, self.times)
             own = dmt.own_memories(self.rnn, labels, x, T, 0, cfg.rollout, math.inf)
             x_fut, y_fut = futures(x, y, self.times, self.decoder.c.fut_len)
@@ -119,7 +119,7 @@ class Bench:
         variance = torch.ones((), device=self.device)
         for pick in order.split(cfg.pairs)[:max(1, len(order) // cfg.pairs)]:
             b, t = (v.to(self.device) for v in (pick // (T - 1), pick % (T - 1) + 1))
-            with trainer.autocast(self.device):
+            with autocast(self.device):
                 loss = dmt.objective(self.decoder, self.rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t],
                                      y_fut[b, t], variance, cfg)["loss"]
             self.learn(loss, self.optimizers)
@@ -127,7 +127,7 @@ class Bench:
 
     def dmt_reference(self) -> int:
         x, y = self.task.batch(self.dmt.batch_size, self.gen)
-        with trainer.autocast(self.device):
+        with autocast(self.device):
             loss = reference_dmt(self.encoder, self.rnn, x, y)
         self.learn(loss, self.adamw)
         return len(x) * (self.task.T // LABEL_EVERY)
@@ -135,7 +135,7 @@ class Bench:
     def bptt(self) -> int:
         """One step of bptt.py; its transitions have no labels of their own."""
         x, y = self.task.batch(self.smt.batch_size, self.gen)
-        with trainer.autocast(self.device):
+        with autocast(self.device):
             loss = bptt.objective(self.rnn, None, x, y, 0)[0]["loss"]
         self.learn(loss, self.optimizers)
         return len(x) * (self.task.T - 1)

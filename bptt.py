@@ -18,7 +18,7 @@ import trainer
 from console import cli, fail
 from evaluate import evaluate, networks, summary
 from flags import flag
-from model import RNN, cross_entropy
+from model import RNN, ModelConfig, autocast, cross_entropy
 from sample import draw_samples
 
 
@@ -48,35 +48,54 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
     return dict(loss=loss), own[:, -1]
 
 
-def main(argv=None) -> None:
-    cfg, ckpt = flags.parse("bptt", Config, argv, __doc__, unused=("encoder", "enc_layers", "ctx_len", "fut_len"))
+def sequential_layers(c: ModelConfig) -> int:
+    """Layers of one step that must run one after another: those of T - 1 updates (m_0 needs none)
+    and of the readout. What --recompute does twice is counted once."""
+    return (c.T - 1) * c.update_layers + c.dec_layers
+
+
+def main(argv) -> None:
+    cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
+                            unused=("encoder", "enc_layers", "ctx_len", "fut_len"))
     device, task = trainer.setup(cfg, ckpt)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
         if rnn is None:
-            fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or "
-                       "bptt.py")
+            fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); "
+                 "give one of smt.py, dmt.py or bptt.py")
         c = rnn.c
     else:
         c = trainer.model_config(cfg, task)
         rnn, encoder, decoder = RNN(c).to(device), None, None
-    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items() if v is not None}
-    run = trainer.Run(
-        cfg, "bptt", nets, [[*rnn.parameters()]], c, task, device, select="rollout",
-        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
-        draw=lambda out_dir: draw_samples(out_dir, task, rnn, n=min(40, cfg.n_val)))
+    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items()
+            if v is not None}
     span = cfg.truncate or task.T
-    for step in run.loop():
-        x, y = task.batch(cfg.batch_size, run.gen)
-        m, targets = None, (y >= 0).sum().clamp(min=1)
+
+    run = trainer.Run("bptt", cfg, nets, [[*rnn.parameters()]], c, task, device)
+    while run.unfinished():
+        run.set_learning_rate()
+        x, y = task.batch(cfg.batch_size, run.gen)                              # (B, T) each
+        m, loss, targets = None, 0.0, (y >= 0).sum().clamp(min=1)
         for t in range(0, task.T, span):
             part = y[:, t:t + span]
-            with trainer.autocast(device):
+            with autocast(device):
                 losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
-            run.backward(losses, (part >= 0).sum() / targets)
-            m = m.detach()
-        run.update()
-    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")
+            share = (part >= 0).sum() / targets  # the shares add up to the mean over all targets
+            (losses["loss"] * share).backward()
+            loss, m = loss + losses["loss"].detach() * share, m.detach()
+        run.update(dict(loss=loss), x.numel(), sequential_layers(c))
+
+        if run.time_to_evaluate() or run.time_to_save():
+            with run.averaged():
+                if run.time_to_evaluate():
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)
+                    run.report(summary(got), best="rollout")
+                    draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
+                if run.time_to_save():
+                    run.save()
+    run.finish()
+    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
+          f"python sample.py --ckpt {run.path('ckpt.pt')}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     console.cli(main)                     # runs main(argv), and turns mistakes into one line
 """
 import argparse
+import functools
 import os
 import sys
 
@@ -18,7 +19,7 @@ MOST_THREADS = 1024  # torch crashes on absurd numbers
 
 def parser(prog: str, doc: str) -> argparse.ArgumentParser:
     """An argument parser whose help fits 100 columns and whose mistakes are UserErrors."""
-    layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100)
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100)
     p = argparse.ArgumentParser(prog=prog, usage="python %(prog)s [flags]", description=doc,
                                 allow_abbrev=False, formatter_class=layout)
     p.error = fail  # one line instead of a usage block

@@ -21,7 +21,7 @@ import trainer
 from console import cli, fail
 from evaluate import evaluate, summary
 from flags import flag
-from model import RNN, Decoder, build, cross_entropy, futures
+from model import RNN, Decoder, ModelConfig, autocast, build, cross_entropy, futures
 from sample import draw_samples
 
 
@@ -108,49 +108,76 @@ def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tenso
     return dict(loss=loss) | named
 
 
-def main(argv=None) -> None:
+def sequential_layers(c: ModelConfig, cfg: Config, horizon: int) -> tuple[int, int]:
+    """Layers that must run one after another: of a round (the encoder's and the rollout's), and of
+    each of its steps (one update and the readout)."""
+    updates = min(horizon, c.T - 1) if cfg.rollout == "parallel" else min(horizon, c.T) - 1
+    return c.enc_layers + updates * c.update_layers, c.update_layers + c.dec_layers
+
+
+def main(argv) -> None:
     cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
     if ckpt is None:
         fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
     if "encoder" not in ckpt or "rnn" not in ckpt:
-        fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); give one of smt.py")
+        fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); "
+             "give one of smt.py")
     device, task = trainer.setup(cfg, ckpt)
-    encoder, decoder, rnn = (net.to(device) for net in build(ckpt, "encoder", "decoder", "rnn"))
-    c = rnn.c
-    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels exist for t < T
-    times = torch.arange(T)
+    nets = {name: net.to(device) for name, net in
+            zip(("encoder", "decoder", "rnn"), build(ckpt, "encoder", "decoder", "rnn"))}
+    encoder, decoder, rnn = nets.values()
     for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
-        p.requires_grad_(False)  # only updater and readout learn
-    with torch.no_grad():
+        p.requires_grad_(False)  # the teacher stays as it is; updater and readout learn
+    trained = [[*rnn.updater.parameters()], [*rnn.readout.parameters()]]
+    c = rnn.c
+    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T
+    times = torch.arange(T)
+    with torch.no_grad():  # of a label's entries: the unit of Eq. 6 and of the tube
         x, _ = task.batch(64, torch.Generator().manual_seed(0))
-        variance = encoder(x, times).float().flatten(0, 1).var(0, correction=0).mean().clamp(min=1e-8)
+        m = encoder(x, times).float().flatten(0, 1)
+        variance = m.var(0, correction=0).mean().clamp(min=1e-8)
+    tube = (cfg.tube or math.inf) * float(variance)
+    steps_a_round = max(1, cfg.batch_size * (T - 1) // cfg.pairs)  # every pair is used once
 
-    steps_a_round = max(1, cfg.batch_size * (T - 1) // cfg.pairs)
-    run = trainer.Run(
-        cfg, "dmt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
-        [[*rnn.updater.parameters()], [*rnn.readout.parameters()]], c, task, device, select="rollout",
-        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
-        draw=lambda out_dir: draw_samples(out_dir, task, rnn, n=min(40, cfg.n_val)), every=steps_a_round)
-    order = None
-    for step in run.loop():
-        if step % steps_a_round == 0 or order is None:  # a new round of on-policy pairs
-            x, y = task.batch(cfg.batch_size, run.gen)
-            x, y = x[:, :T], y[:, :T]
-            horizon = horizon_at(run.progress(), min(cfg.horizon or T, T))
-            offset = int(torch.randint(horizon, (1,), generator=run.gen)) if horizon < T else 0
-            with torch.no_grad(), trainer.autocast(device):
-                labels = encoder(x, times)                                      # (B, T, K, d)
-                own = own_memories(rnn, labels, x, horizon, offset, cfg.rollout, (cfg.tube or math.inf) * float(variance))
-                x_fut, y_fut = futures(x, y, times, c.fut_len)
-            order = torch.randperm(len(x) * (T - 1), generator=run.gen)
-        pick = order[step % steps_a_round * cfg.pairs:][:cfg.pairs]
-        b, t = (v.to(device) for v in (pick // (T - 1), pick % (T - 1) + 1))
-        with trainer.autocast(device):
-            losses = objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t], y_fut[b, t], variance,
-                               cfg)
-        run.backward(losses)
-        run.update()
-    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and python sample.py --ckpt {run.path('ckpt.pt')}")
+    run = trainer.Run("dmt", cfg, nets, trained, c, task, device)
+    while run.unfinished():
+        # a round: the RNN's own memories, and where the encoder says they should have been
+        x, y = (v[:, :T] for v in task.batch(cfg.batch_size, run.gen))
+        horizon = horizon_at(run.progress, min(cfg.horizon or T, T))
+        offset = int(torch.randint(horizon, (1,), generator=run.gen)) if horizon < T else 0
+        with torch.no_grad(), autocast(device):
+            labels = encoder(x, times)                                          # (B, T, K, d)
+            own = own_memories(rnn, labels, x, horizon, offset, cfg.rollout, tube)
+            x_fut, y_fut = futures(x, y, times, c.fut_len)
+        layers_of_round, layers_of_step = sequential_layers(c, cfg, horizon)
+        run.count(x.numel(), layers_of_round)
+
+        # the steps that learn from it: random pairs, in parallel over time
+        order = torch.randperm(len(x) * (T - 1), generator=run.gen)
+        for pick in order.split(cfg.pairs)[:steps_a_round]:
+            run.set_learning_rate()
+            b, t = (v.to(device) for v in (pick // (T - 1), pick % (T - 1) + 1))
+            with autocast(device):
+                losses = objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t],
+                                   x_fut[b, t], y_fut[b, t], variance, cfg)
+            losses["loss"].backward()
+            run.update(losses, layers=layers_of_step)
+            if run.done:
+                break
+
+        # Only here, between rounds: a resumed run begins with a new round, and to be the run that
+        # was never interrupted it must not lose the rest of an old one.
+        if run.time_to_evaluate() or run.time_to_save():
+            with run.averaged():
+                if run.time_to_evaluate():
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)
+                    run.report(summary(got), best="rollout")
+                    draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
+                if run.time_to_save():
+                    run.save()
+    run.finish()
+    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
+          f"python sample.py --ckpt {run.path('ckpt.pt')}")
 
 
 if __name__ == "__main__":

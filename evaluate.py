@@ -4,38 +4,41 @@
     python evaluate.py --ckpt runs/dmt-mnist/ckpt.pt --n_test 10000 --json
 
     teacher    the encoder reads x_0 .. x_t, the decoder predicts y_t
-    one step   the encoder reads x_0 .. x_{t-1}, the RNN reads x_t and predicts (not a likelihood of the RNN alone)
-    rollout    the RNN alone, from m_0, on its own memories: the exact likelihood of the test sequences
+    one step   the encoder reads x_0 .. x_{t-1}, the RNN reads x_t and predicts (no likelihood of
+               the RNN alone)
+    rollout    the RNN alone, from m_0, on its own memories: the exact likelihood of the sequences
 
-The gap between the three is the method. Prints a table (or JSON alone) and writes evaluation.png beside the
-checkpoint.
+The gap between the three is the method. Prints a table (or JSON alone) and writes evaluation.png
+beside the checkpoint.
 """
-import argparse
 import json
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data as datasets
 import flags
-import trainer
-from console import MOST_THREADS, cli, demand, fail, pick_device
-from model import RNN, Decoder, Encoder, build, futures
+from console import MOST_THREADS, cli, demand, parser, pick_device
+from data import bayes
+from model import RNN, Decoder, Encoder, autocast, build, futures
+from sources.files import Data, written_whole
 
 COLUMNS = ("teacher", "one_step", "rollout")
 
 
 class Score:
-    """Sums of one column over batches: nats, nats from time `late_from` on, correct answers, KL to the exact posterior."""
+    """One column, sequence by sequence: nats, nats from time `late_from` on, correct answers, KL
+    to the exact posterior."""
 
     def __init__(self, per_sequence: bool, late_from: int):
         self.per_sequence, self.late_from = per_sequence, late_from
         self.nats, self.late, self.right, self.excess = [], [], [], []
 
-    def add(self, logits: Tensor, y: Tensor, clean: Tensor | None, posterior: Tensor | None) -> None:
+    def add(self, logits: Tensor, y: Tensor, clean: Tensor | None,
+            posterior: Tensor | None) -> None:
         """logits (B, L, V) float, y and clean (B, L) with -1 = no target, posterior (B, L, V)."""
         logp = logits.float().log_softmax(-1)
         valid = y >= 0
@@ -43,7 +46,8 @@ class Score:
         each = -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * valid
         self.nats.append(each.sum(1) / count)
         if self.late_from < y.shape[1]:
-            self.late.append(each[:, self.late_from:].sum(1) / valid[:, self.late_from:].sum(1).clamp(min=1))
+            late = slice(self.late_from, None)
+            self.late.append(each[:, late].sum(1) / valid[:, late].sum(1).clamp(min=1))
         if clean is not None:
             self.right.append(((logp.argmax(-1) == clean) & valid).sum(1) / count)
         if posterior is not None:
@@ -59,72 +63,130 @@ class Score:
         return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
+@dataclass
+class Memories:
+    """Of a batch, (B, T, K, d) each, which may end before the sequences do; None where a
+    checkpoint lacks the network."""
+    label: Tensor | None      # the encoder's
+    one_step: Tensor | None   # one update from the encoder's; m_0 is the RNN's own
+    own: Tensor | None        # the RNN's, alone from m_0
+
+
+def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None) -> Memories:
+    """Three ways to have read x (B, T) int64."""
+    own = rnn.memories(x) if rnn is not None else None
+    if rnn is None or encoder is None:
+        return Memories(None, None, own)
+    # labels of a causal encoder end at Tc; the RNN goes on
+    T = min(x.shape[1], encoder.c.ctx_len) if encoder.c.encoder == "causal" else x.shape[1]
+    x, times = x[:, :T], torch.arange(T)
+    m = encoder(x, times)
+    made = rnn.update(m[:, :-1].flatten(0, 1), x[:, 1:].flatten(),
+                      times[1:].to(x.device).repeat(len(x)))
+    one = torch.cat([rnn.start(len(x))[:, None], made.view_as(m[:, 1:])], dim=1)
+    return Memories(m, one, own)
+
+
+def predictions(x: Tensor, m: Memories, rnn: RNN | None, decoder: Decoder | None) -> dict:
+    """Column -> logits of y_0 .. from each kind of memory, as far as it goes: (B, T, V)."""
+    if rnn is None:  # a plain language model, which reads x itself
+        nothing = torch.empty(len(x), 0, decoder.c.d_model, device=x.device)
+        return dict(teacher=decoder(nothing, x, x.new_full((len(x),), -1)))
+    out = dict(rollout=rnn.logits(m.own))
+    if m.label is not None:
+        out["teacher"] = decoder(m.label.flatten(0, 1))[:, 0].view(*m.label.shape[:2], -1)
+        out["one_step"] = rnn.logits(m.one_step)
+    return out
+
+
+class Drift:
+    """Sums over batches: how far the RNN's memories are from the encoder's, and how far the
+    encoder's are from each other, in float64."""
+
+    def __init__(self):
+        self.rows, self.total, self.squares = 0, 0.0, 0.0    # of all memories of the encoder
+        self.error, self.error_one = 0.0, 0.0                # (T,) of rollout and one step
+
+    def add(self, m: Memories) -> None:
+        flat = m.label.flatten(0, 1).flatten(1).double()                        # (B T, K d)
+        self.rows += len(flat)
+        self.total = self.total + flat.sum(0)
+        self.squares += float(flat.square().sum())
+        own = m.own[:, :m.label.shape[1]]
+        self.error = self.error + (own - m.label).double().square().sum((0, 2, 3))
+        self.error_one = self.error_one + (m.one_step - m.label).double().square().sum((0, 2, 3))
+
+    def numbers(self) -> dict:
+        """1 - R^2 by time and overall, with one variance over all (sequence, t)."""
+        if not self.rows:
+            return dict(drift=None, drift_by_time=None, one_step_drift=None, variance=None)
+        spread = self.squares / self.rows - float((self.total / self.rows).square().sum())
+        spread = max(spread, 1e-12)
+        n = self.rows // len(self.error)
+        by_time = self.error / n / spread
+        return dict(drift=float(by_time.mean()), drift_by_time=by_time.tolist(),
+                    one_step_drift=float(self.error_one[1:].mean() / n / spread),
+                    variance=spread / len(self.total))
+
+
+def kl_of_futures(decoder: Decoder, m: Memories, x: Tensor, y: Tensor, few: int):
+    """Do label and own memory of the first few sequences predict the same Tf future outputs?
+    (sum of KL in nats, number of targets)"""
+    T, total = m.label.shape[1], 0.0
+    times = torch.arange(T)
+    x_fut, y_fut = futures(x[:few, :T], y[:few, :T], times, decoder.c.fut_len)
+    for b in range(few):  # one sequence at a time: T * Tf positions are plenty
+        p, q = (decoder(v[b, :T], x_fut[b], times.to(x.device)).float().log_softmax(-1)
+                for v in (m.label, m.own))
+        each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)        # (T, Tf)
+        total += float((each * (y_fut[b] >= 0)).sum())
+    return total, int((y_fut >= 0).sum())
+
+
 @torch.no_grad()
-def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = None, decoder: Decoder | None = None,
-             split: str = "test", n: int | None = None, kl_sequences: int = 64) -> dict:
+def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
+             decoder: Decoder | None = None, split: str = "test", n: int | None = None,
+             kl_sequences: int = 64) -> dict:
     """A dict with the keys of the JSON output, None where one does not apply.
 
-    encoder and decoder are the teacher (None for a BPTT run from scratch); rnn is None and decoder a plain
-    language model for transformer.py. The first n sequences of `split`. Uses no random numbers.
+    encoder and decoder are the teacher (None for a BPTT run from scratch); rnn is None and decoder
+    a plain language model for results/yardstick/transformer.py. The first n sequences of `split`.
+    Uses no random numbers.
     """
     held = task.held_out(split, n)
-    x_all, y_all = held["x"], held["y"]
-    device = str(x_all.device)
-    c = (rnn or decoder).c
-    # causal labels end at Tc; the RNN goes on
-    T = min(task.T, c.ctx_len) if encoder is not None and c.encoder == "causal" else task.T
+    c, N = (rnn or decoder).c, len(held["x"])
     scores = {name: Score(task.image is not None, task.T // 2) for name in COLUMNS}
-    size = c.mem_tokens * c.d_model
-    total, total_sq, rows, kl, targets = torch.zeros(size, dtype=torch.float64, device=device), 0.0, 0, 0.0, 0
-    error, error_one = torch.zeros(2, T, dtype=torch.float64, device=device)
-    times = torch.arange(T)
-    batch = max(1, min(100, int(2e8) // (T * size)))
-    for i in range(0, len(x_all), batch):
-        x, y, *extra = (v if v is None else v[i:i + batch] for v in (x_all, y_all, held["clean"], held["posterior"]))
-        with trainer.autocast(device):
-            own = rnn.memories(x) if rnn is not None else None                 # (B, T, K, d)
-            if own is not None:
-                scores["rollout"].add(rnn.logits(own), y, *extra)
-            if rnn is None:
-                nothing = torch.empty(len(x), 0, c.d_model, device=device)
-                scores["teacher"].add(decoder(nothing, x, x.new_full((len(x),), -1)), y, *extra)
-            if encoder is None or rnn is None:
-                continue
-            x, y, own, *extra = (v if v is None else v[:, :T] for v in (x, y, own, *extra))
-            m = encoder(x, times)
-            scores["teacher"].add(decoder(m.flatten(0, 1))[:, 0].view(len(x), T, -1), y, *extra)
-            step = rnn.update(m[:, :-1].flatten(0, 1), x[:, 1:].flatten(), times[1:].to(device).repeat(len(x)))
-            one = torch.cat([rnn.start(len(x))[:, None], step.view(len(x), T - 1, *m.shape[2:])], dim=1)
-            scores["one_step"].add(rnn.logits(one), y, *extra)
-            if i < kl_sequences:  # do both memories predict the same Tf future outputs?
-                few = min(len(x), kl_sequences - i)
-                x_fut, y_fut = futures(x[:few], y[:few], times, c.fut_len)
-                for b in range(few):  # one sequence at a time: T * Tf positions are plenty
-                    p, q = (decoder(v[b], x_fut[b], times.to(device)).float().log_softmax(-1) for v in (m, own))
-                    kl += float((F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * (y_fut[b] >= 0)).sum())
-                targets += int((y_fut >= 0).sum())
-        flat = m.flatten(0, 1).flatten(1).double()
-        total, total_sq, rows = total + flat.sum(0), total_sq + float(flat.square().sum()), rows + len(flat)
-        error += (own - m).double().square().sum((0, 2, 3))
-        error_one += (one - m).double().square().sum((0, 2, 3))
-    out = dict(dataset=task.name, split=split, n=len(x_all), units=task.units)
-    out |= {name: scores[name].mean("nats") for name in COLUMNS}
-    main = "rollout" if rnn is not None else "teacher"
-    known, text = held["posterior"] is not None, task.units == "nats/char"
-    out |= dict(bayes=datasets.bayes(held), excess=scores[main].mean("excess"),
-                excess_all={k: scores[k].mean("excess") for k in COLUMNS} if known else None,
-                accuracy={k: scores[k].mean("right") for k in COLUMNS} if held["clean"] is not None else None,
-                bits_per_pixel=out[main] / (task.T * math.log(2)) if task.image else None,
-                bits_per_char=out[main] / math.log(2) if text else None,
-                late={k: scores[k].mean("late") for k in COLUMNS} if text else None)
-    out |= dict(drift=None, drift_by_time=None, one_step_drift=None, kl=None, variance=None)
-    if rows:
-        spread = max(total_sq / rows - float((total / rows).square().sum()), 1e-12)  # one variance over all (sequence, t)
-        by_time = error / len(x_all) / spread
-        out |= dict(drift=float(by_time.mean()), drift_by_time=by_time.tolist(), kl=kl / max(1, targets),
-                    one_step_drift=float(error_one[1:].mean() / len(x_all) / spread), variance=spread / size)
-    out["stderr"] = scores[main].stderr()
-    return out
+    drift, kl, targets = Drift(), 0.0, 0
+    batch = max(1, min(100, int(2e8) // (task.T * c.mem_tokens * c.d_model)))  # 800 MB of memories
+    for i in range(0, N, batch):
+        x, y, *extra = (v if v is None else v[i:i + batch]
+                        for v in (held["x"], held["y"], held["clean"], held["posterior"]))
+        with autocast(str(x.device)):
+            m = memories(x, rnn, encoder)
+            for name, logits in predictions(x, m, rnn, decoder).items():
+                L = logits.shape[1]
+                scores[name].add(logits, *(v if v is None else v[:, :L] for v in (y, *extra)))
+            if m.label is not None:
+                drift.add(m)
+                few = min(len(x), max(0, kl_sequences - i))
+                nats, valid = kl_of_futures(decoder, m, x, y, few)
+                kl, targets = kl + nats, targets + valid
+    out = dict(dataset=task.name, split=split, n=N, units=task.units)
+    out |= losses(task, held, scores, "rollout" if rnn is not None else "teacher")
+    return out | drift.numbers() | dict(kl=kl / max(1, targets) if drift.rows else None)
+
+
+def losses(task: Data, held: dict, scores: dict[str, Score], alone: str) -> dict:
+    """The numbers of the three columns; `alone` is the one that the checkpoint is about."""
+    each = lambda what: {name: scores[name].mean(what) for name in COLUMNS}
+    nats, text = scores[alone].mean("nats"), task.units == "nats/char"
+    return each("nats") | dict(
+        bayes=bayes(held), excess=scores[alone].mean("excess"), stderr=scores[alone].stderr(),
+        excess_all=each("excess") if held["posterior"] is not None else None,
+        accuracy=each("right") if held["clean"] is not None else None,
+        bits_per_pixel=nats / (task.T * math.log(2)) if task.image else None,
+        bits_per_char=nats / math.log(2) if text else None,
+        late=each("late") if text else None)
 
 
 def summary(result: dict) -> dict:
@@ -136,29 +198,33 @@ def summary(result: dict) -> dict:
 def table(r: dict) -> str:
     """The result as text."""
     show = lambda v: "-" if v is None else f"{v:.4f}" if abs(v) < 10 else f"{v:.2f}"
+    row = lambda name, values: f"{name:16}" + "".join(f"{show(values[k]):>10}" for k in COLUMNS)
     lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences", "",
              f"{'':16}{'teacher':>10}{'one step':>10}{'rollout':>10}",
-             f"{r['units']:16}" + "".join(f"{show(r[k]):>10}" for k in COLUMNS) + f"   ± {show(r['stderr'])} (standard error)"]
+             row(r["units"], r) + f"   ± {show(r['stderr'])} (standard error)"]
     for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), ("t >= T/2", "late")):
         if r[key]:
-            lines.append(f"{name:16}" + "".join(f"{show(r[key][k]):>10}" for k in COLUMNS))
+            lines.append(row(name, r[key]))
     for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"),
-                       ("bits per character", "bits_per_char"), ("drift 1-R², rollout", "drift"),
-                       ("drift 1-R², one step", "one_step_drift"), ("KL of futures, rollout", "kl"),
+                       ("bits per character", "bits_per_char"),
+                       ("drift 1-R², rollout", "drift"),
+                       ("drift 1-R², one step", "one_step_drift"),
+                       ("KL of futures, rollout", "kl"),
                        ("variance of memory", "variance")):
         if r[key] is not None:
             lines.append(f"{label:26}{show(r[key])}")
     return "\n".join(lines)
 
 
-def draw(r: dict, path: str) -> None:
-    """The result as a picture: the three losses, and drift against time."""
+def draw(r: dict, file) -> None:
+    """The result as a PNG: the three losses, and drift against time."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     names = [k for k in COLUMNS if r[k] is not None]
-    left.bar([n.replace("_", " ") for n in names], [r[n] for n in names], color=["0.6", "0.75", "C0"][:len(names)])
+    left.bar([n.replace("_", " ") for n in names], [r[n] for n in names],
+             color=["0.6", "0.75", "C0"][:len(names)])
     left.set(ylabel=r["units"], title=f"{r['dataset']}, {r['split']}, N = {r['n']}")
     for i, name in enumerate(names):
         left.text(i, r[name], f"{r[name]:.3g}", ha="center", va="bottom")
@@ -167,50 +233,53 @@ def draw(r: dict, path: str) -> None:
         left.legend()
     if r["drift_by_time"]:
         right.plot(r["drift_by_time"])
-        right.set(xlabel="t", ylabel="1 - R²", title="drift of the rollout from the encoder's memory", ylim=(0, None))
+        right.set(xlabel="t", ylabel="1 - R²", ylim=(0, None),
+                  title="drift of the rollout from the encoder's memory")
     else:
-        right.text(0.5, 0.5, "no encoder in this checkpoint:\nno drift to measure", ha="center", va="center")
+        right.text(0.5, 0.5, "no encoder in this checkpoint:\nno drift to measure",
+                   ha="center", va="center")
         right.axis("off")
     fig.tight_layout()
-    fig.savefig(path, dpi=90)
+    fig.savefig(file, dpi=90, format="png")
     plt.close(fig)
 
 
 def networks(ckpt: dict, device: str) -> tuple[RNN | None, Encoder | None, Decoder | None]:
     """(rnn, encoder, decoder) of a checkpoint; None for what it does not hold."""
-    return tuple(build(ckpt, name)[0].to(device) if name in ckpt else None for name in ("rnn", "encoder", "decoder"))
+    return tuple(build(ckpt, name)[0].to(device) if name in ckpt else None
+                 for name in ("rnn", "encoder", "decoder"))
 
 
-def main(argv=None) -> None:
-    p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail
+def main(argv) -> None:
+    p = parser("evaluate.py", __doc__)
     p.add_argument("--ckpt", required=True, help="checkpoint of any training script; required")
     flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
+    p.add_argument("--threads", type=int, default=0,
+                   help="CPU threads; 0 = torch's choice (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0,
-                   help="seed of torch; the test data does not depend on it (default: %(default)s)")
-    p.add_argument("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
+                   help="of torch; the data does not depend on it (default: %(default)s)")
+    p.add_argument("--split", choices=("test", "val"), default="test",
+                   help="(default: %(default)s)")
     p.add_argument("--n_test", type=int, default=1000,
                    help="the first so many sequences of the split (default: %(default)s)")
-    p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
+    p.add_argument("--json", action="store_true",
+                   help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
-    for name, low, high in (("n_test", 1, 10 ** 9), ("threads", 0, MOST_THREADS), ("seed", 0, 10 ** 18)):
-        demand(name, getattr(a, name), low, high)
+    demand("n_test", a.n_test, 1, 10 ** 9)
+    demand("threads", a.threads, 0, MOST_THREADS)
+    demand("seed", a.seed, 0, 10 ** 18)
     if a.threads:
         torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     ckpt = flags.open_checkpoint(a.ckpt)
     device = pick_device(a.device)
-    task = flags.load_data(ckpt["config"] | flags.data_places(vars(a), ckpt["config"]), device, ckpt)
-    rnn, encoder, decoder = networks(ckpt, device)
-    result = evaluate(task, rnn, encoder, decoder, a.split, a.n_test)
+    config = ckpt["config"] | flags.data_places(vars(a), ckpt["config"])
+    task = flags.load_data(config, device, ckpt)
+    result = evaluate(task, *networks(ckpt, device), a.split, a.n_test)
     picture = os.path.join(os.path.dirname(a.ckpt), "evaluation.png")
-    try:
-        draw(result, picture)
-    except OSError as e:
-        fail(f"{picture}: cannot be written ({e.strerror}); copy the checkpoint to a folder you may write")
+    with written_whole(picture, mend="copy the checkpoint to a folder you may write") as f:
+        draw(result, f)
     print(json.dumps(result) if a.json else table(result) + f"\n\npicture: {picture}")
 
 

@@ -27,6 +27,7 @@ The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/te
     m_2 has read BOS s_0 s_1.  readout(m_2) predicts y_2 = s_2.  update(m_2, x_3, 3) = m_3.
     decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the token that arrived last.
 """
+import contextlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -54,6 +55,17 @@ class ModelConfig:
     ctx_len: int = 0        # Tc
     fut_len: int = 16       # Tf
     timestamps: bool = True
+
+    @property
+    def update_layers(self) -> int:
+        """Layers of one update that must run one after another; a GRU is one cell."""
+        return 1 if self.rnn == "gru" else self.rnn_layers
+
+
+def autocast(device: str):
+    """bf16 on CUDA; fp32 elsewhere (bf16 is slower than fp32 on the CPUs tried)."""
+    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else \
+        contextlib.nullcontext()
 
 
 def norm(h: Tensor) -> Tensor:

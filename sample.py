@@ -1,46 +1,47 @@
 """Draw from an RNN: it starts alone from m_0, samples y_t, reads it back as x_{t+1}, and so on.
 
-    python sample.py                                        # the small checkpoint that comes with the project
+    python sample.py                                        # the checkpoint of results/glyphs
     python sample.py --ckpt runs/dmt-mnist/ckpt.pt --n 64 --temperature 0.9
-    python sample.py --ckpt runs/dmt-mnist/ckpt.pt --prefix # completes test images from a growing part (needs data)
+    python sample.py --ckpt runs/dmt-mnist/ckpt.pt --prefix # completes test images (needs data)
 
     python sample.py --ckpt runs/dmt-tinystories/ckpt.pt --prompt "Once upon a time" --chars 500
 
-Images go to --out as one PNG, text is printed. Synthetic tasks, whose inputs are not their outputs, print test sequences
-and the RNN's answers.
+Images go to --out as one PNG, text is printed. Synthetic tasks, whose inputs are not their outputs,
+print test sequences and the RNN's answers.
 """
-import argparse
 import os
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import data as datasets
 import flags
-import trainer
-from console import cli, demand, fail, pick_device
-from model import RNN, Decoder, Encoder, build
+from console import cli, demand, fail, parser, pick_device
+from data import TEXTS, sequences_to_images
+from model import RNN, Decoder, Encoder, autocast, build
 from sources import text
-from sources.files import written_whole
+from sources.files import Data, written_whole
 from sources.images import grid, save_png
 
-DEFAULT_CKPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "glyphs", "rnn.pt")
+DEFAULT_CKPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "glyphs",
+                            "rnn.pt")
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, gen: torch.Generator) -> Tensor:
-    """One symbol per row of logits (N, V) -> (N,) int64; temperature 0 is argmax, top_k 0 keeps all."""
+    """One symbol per row of logits (N, V) -> (N,) int64; temperature 0 is argmax, top_k 0 keeps
+    all."""
     logits = logits.float().cpu()
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if temperature < 1e-6:  # 0, or so near that the division would overflow
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=gen)[:, 0]
 
 
 @torch.no_grad()
-def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float = 1.0, top_k: int = 0,
-             given: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float = 1.0,
+             top_k: int = 0, given: Tensor | None = None, known: Tensor | None = None) -> Tensor:
     """n sequences of T symbols from the RNN alone: (n, T) int64 on the CPU.
 
     Row i keeps the first known[i] symbols of given (n, T) and continues from there.
@@ -48,7 +49,7 @@ def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float 
     device = rnn.m0.device
     m, out = rnn.start(n), torch.zeros(n, T, dtype=torch.int64)
     for t in range(T):
-        with trainer.autocast(str(device)):
+        with autocast(str(device)):
             if t:
                 m = rnn.update(m, out[:, t - 1].to(device), torch.full((n,), t, device=device))
             out[:, t] = pick(rnn.logits(m), temperature, top_k, gen)
@@ -58,13 +59,14 @@ def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float 
 
 
 @torch.no_grad()
-def generate_teacher(encoder: Encoder, decoder: Decoder, n: int, T: int, gen: torch.Generator) -> Tensor:
-    """n sequences from encoder and decoder: (n, T) int64 on the CPU. The causal encoder keeps keys and values of what it
-    has read; the bidirectional one reads its window again for every symbol."""
+def generate_teacher(encoder: Encoder, decoder: Decoder, n: int, T: int,
+                     gen: torch.Generator) -> Tensor:
+    """n sequences from encoder and decoder: (n, T) int64 on the CPU. The causal encoder keeps keys
+    and values of what it has read; the bidirectional one reads its window again every time."""
     device = encoder.registers.device
     x, past = torch.full((n, 1), encoder.c.vocab - 1, device=device), None  # BOS
     for t in range(T):
-        with trainer.autocast(str(device)):
+        with autocast(str(device)):
             if encoder.c.encoder == "causal":
                 past = encoder.encode_tokens(x[:, t:], past)
                 m = encoder.encode_groups(past, torch.tensor([t]))
@@ -75,58 +77,62 @@ def generate_teacher(encoder: Encoder, decoder: Decoder, n: int, T: int, gen: to
     return x[:, 1:].cpu()
 
 
-def draw_samples(out_dir: str, task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = None,
+def draw_samples(out_dir: str, task: Data, rnn: RNN, encoder: Encoder | None = None,
                  decoder: Decoder | None = None, n: int = 40) -> None:
-    """samples.png: n drawings of the RNN's own rollout; with encoder and decoder the teacher's to its left.
-    samples.txt for tasks that are not pictures."""
-    if rnn is None:
-        return
+    """samples.png: n drawings of the RNN's own rollout; with encoder and decoder the teacher's to
+    its left. samples.txt for tasks that are not pictures."""
     gen = torch.Generator().manual_seed(0)
     if task.image is None:
-        told = stories(rnn, 3, task.T, gen) if task.name in datasets.TEXTS else answers(task, rnn, 16)
-        with written_whole(os.path.join(out_dir, "samples.txt"), "w") as f:
+        told = continuations(rnn, 3, task.T, gen) if task.name in TEXTS else answers(task, rnn, 16)
+        path = os.path.join(out_dir, "samples.txt")
+        with written_whole(path, "w", mend="give another folder with --out_dir") as f:
             f.write(told)
         return
-    page = grid(np.asarray(datasets.sequences_to_images(task, generate(rnn, n, task.T, gen))), 8)
+    drawn = lambda y: grid(np.asarray(sequences_to_images(task, y)), 8)
+    page = drawn(generate(rnn, n, task.T, gen))
     if encoder is not None:
-        left = generate_teacher(encoder, decoder, n, task.T, gen)
-        left = grid(np.asarray(datasets.sequences_to_images(task, left)), 8)
+        left = drawn(generate_teacher(encoder, decoder, n, task.T, gen))
         page = np.concatenate([left, np.full((len(page), 24), 255, np.uint8), page], axis=1)
     save_png(os.path.join(out_dir, "samples.png"), page)
 
 
-def stories(rnn: RNN, n: int, chars: int, gen: torch.Generator, temperature: float = 1.0, top_k: int = 0,
-            prompt: str = "") -> str:
+def continuations(rnn: RNN, n: int, chars: int, gen: torch.Generator, temperature: float = 1.0,
+                  top_k: int = 0, prompt: str = "") -> str:
     """n texts of `chars` bytes that continue the prompt, one below the other."""
-    start = text.encode(prompt)
+    start = text.to_ids(prompt)
     given = torch.zeros(n, len(start) + chars, dtype=torch.int64)
     given[:, :len(start)] = torch.tensor(start)
-    out = generate(rnn, *given.shape, gen, temperature, top_k, given, torch.full((n,), len(start)))
-    return "".join(f"--- {i + 1}\n{text.decode(row)}\n" for i, row in enumerate(out))
+    known = torch.full((n,), len(start))
+    out = generate(rnn, *given.shape, gen, temperature, top_k, given, known)
+    return "".join(f"--- {i + 1}\n{text.to_text(row)}\n" for i, row in enumerate(out))
 
 
 @torch.no_grad()
-def answers(task: datasets.Data, rnn: RNN, n: int) -> str:
+def answers(task: Data, rnn: RNN, n: int) -> str:
     """Test sequences with their targets, and below each what the RNN, reading it alone, answers."""
     held = task.held_out("test", n)
     x, y = held["x"], held["y"]
     guess = rnn.logits(rnn.memories(x)).argmax(-1).where(y >= 0, -1)
-    return "".join(f"{task.show(a, b)}\n{task.show(a, g)}   says the RNN\n" for a, b, g in zip(x, y, guess))
+    return "".join(f"{task.show(a, b)}\n{task.show(a, g)}   says the RNN\n"
+                   for a, b, g in zip(x, y, guess))
 
 
-def main(argv=None) -> None:
-    p = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail
-    p.add_argument("--ckpt", default=DEFAULT_CKPT, help="checkpoint with an RNN (default: the one in results/glyphs)")
-    p.add_argument("--n", type=int, default=0, help="how many; 0 = 40 images, 16 answers or 3 texts (default: %(default)s)")
+def read_flags(argv):
+    p = parser("sample.py", __doc__)
+    p.add_argument("--ckpt", default=DEFAULT_CKPT,
+                   help="checkpoint with an RNN (default: the one in results/glyphs)")
+    p.add_argument("--n", type=int, default=0,
+                   help="how many; 0 = 40 images, 16 answers or 3 texts (default: %(default)s)")
     p.add_argument("--prompt", default="", help="text to continue (default: none)")
-    p.add_argument("--chars", type=int, default=400, help="length of a text in bytes (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, help="0 = the most likely symbol (default: %(default)s)")
+    p.add_argument("--chars", type=int, default=400,
+                   help="length of a text in bytes (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=1.0,
+                   help="0 = the most likely symbol (default: %(default)s)")
     p.add_argument("--top_k", type=int, default=0,
                    help="choose among the k most likely symbols; 0 = all (default: %(default)s)")
     p.add_argument("--prefix", action="store_true",
-                   help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels (default: draw freely)")
+                   help="complete n test images from 0, 1/8, 1/4, 1/2 and 3/4 of their pixels "
+                        "(default: draw freely)")
     flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -134,30 +140,36 @@ def main(argv=None) -> None:
     a = p.parse_args(argv)
     for name, low in (("n", 0), ("chars", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         demand(name, getattr(a, name), low, 10 ** 18)
+    return a
+
+
+def main(argv) -> None:
+    a = read_flags(argv)
     ckpt = flags.open_checkpoint(a.ckpt)
     if "rnn" not in ckpt:
-        fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); give one of smt.py, dmt.py or bptt.py")
+        fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); "
+             "give one of smt.py, dmt.py or bptt.py")
     device = pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
     image, T, name = ckpt["image"], rnn.c.T, ckpt["config"]["dataset"]
-    config, gen = ckpt["config"] | flags.data_places(vars(a), ckpt["config"]), torch.Generator().manual_seed(a.seed)
+    config = ckpt["config"] | flags.data_places(vars(a), ckpt["config"])
+    gen = torch.Generator().manual_seed(a.seed)
     if a.prefix and image is None:
         fail(f"--prefix completes images, and this checkpoint was trained on {name}")
-    if a.prompt and name not in datasets.TEXTS:
+    if a.prompt and name not in TEXTS:
         fail(f"--prompt starts a text, and this checkpoint was trained on {name}")
-    if name in datasets.TEXTS:
-        print(stories(rnn, a.n or 3, a.chars, gen, a.temperature, a.top_k, a.prompt), end="")
-        return
+    if name in TEXTS:
+        told = continuations(rnn, a.n or 3, a.chars, gen, a.temperature, a.top_k, a.prompt)
+        return print(told, end="")
     if image is None:
-        print(answers(flags.load_data(config, device, ckpt), rnn, a.n or 16), end="")
-        return
-    n = a.n or 40
-    if a.prefix:  # one test image a row: 0, 1/8 .. 3/4 of it given, and at the right the image itself
+        return print(answers(flags.load_data(config, device, ckpt), rnn, a.n or 16), end="")
+    n, columns, given, known = a.n or 40, 8, None, None
+    if a.prefix:  # one test image a row: 0, 1/8 .. 3/4 of it given, at the right the image itself
         known = torch.tensor([0, T // 8, T // 4, T // 2, 3 * T // 4, T]).repeat(n)
-        given = flags.load_data(config, "cpu", ckpt).held_out("test", n)["y"].repeat_interleave(6, 0)
-        out, columns = generate(rnn, len(given), T, gen, a.temperature, a.top_k, given, known[:len(given)]), 6
-    else:
-        out, columns = generate(rnn, n, T, gen, a.temperature, a.top_k), 8
+        given = flags.load_data(config, "cpu", ckpt).held_out("test", n)["y"]
+        given = given.repeat_interleave(6, 0)
+        n, columns, known = len(given), 6, known[:len(given)]
+    out = generate(rnn, n, T, gen, a.temperature, a.top_k, given, known)
     save_png(a.out, grid(out.view(-1, *image).numpy() / (rnn.c.n_out - 1), columns))
     print(f"{len(out)} images in {a.out}")
 

@@ -18,7 +18,7 @@ import trainer
 from console import cli
 from evaluate import evaluate, summary
 from flags import flag
-from model import RNN, Decoder, Encoder, cross_entropy, futures
+from model import RNN, Decoder, Encoder, ModelConfig, autocast, cross_entropy, futures
 from sample import draw_samples
 
 
@@ -92,33 +92,54 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor
     return dict(loss=loss, dec=dec, dyn=dyn, unif=unif, variance=spread)
 
 
-def main(argv=None) -> None:
+def sequential_layers(c: ModelConfig, cfg: Config) -> int:
+    """Layers of one step that must run one after another: the encoder's, those of a run's chained
+    updates (without a chain all transitions are made at once), the decoder's."""
+    updates = min(cfg.run_len, c.T) - 1 if cfg.chain else 1
+    return c.enc_layers + updates * c.update_layers + c.dec_layers
+
+
+@torch.no_grad()
+def hand_over(encoder: Encoder, decoder: Decoder, rnn: RNN) -> None:
+    """Give the RNN what SMT does not train: its readout is the decoder, its m_0 = encode([BOS])."""
+    rnn.readout.load_state_dict(decoder.state_dict())
+    bos = torch.full((1, 1), encoder.c.vocab - 1, device=rnn.m0.device)
+    rnn.m0.copy_(encoder(bos, torch.zeros(1, dtype=torch.int64))[0, 0])
+
+
+def main(argv) -> None:
     cfg, _ = flags.parse("smt", Config, argv, __doc__)
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
-    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # causal labels exist for t < Tc
+    nets = dict(encoder=encoder, decoder=decoder, rnn=rnn)
+    trained = [[*encoder.parameters(), *decoder.parameters()], [*rnn.updater.parameters()]]
+    # a causal encoder makes labels for t < Tc alone
+    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
 
-    def refresh():
-        """Give the RNN what it does not learn here: its readout is the decoder, its m_0 = encode([BOS])."""
-        with torch.no_grad():
-            rnn.readout.load_state_dict(decoder.state_dict())
-            bos = torch.full((1, 1), task.bos, device=device)
-            rnn.m0.copy_(encoder(bos, torch.zeros(1, dtype=torch.int64))[0, 0])
-
-    run = trainer.Run(
-        cfg, "smt", dict(encoder=encoder, decoder=decoder, rnn=rnn),
-        [[*encoder.parameters(), *decoder.parameters()], [*rnn.updater.parameters()]], c, task, device, select="one_step",
-        validate=lambda: summary(evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)),
-        draw=lambda out_dir: draw_samples(out_dir, task, rnn, encoder, decoder, n=min(40, cfg.n_val)), refresh=refresh)
-    for step in run.loop():
+    run = trainer.Run("smt", cfg, nets, trained, c, task, device)
+    while run.unfinished():
+        run.set_learning_rate()
+        means = {}
         for _ in range(cfg.micro):
-            x, y = task.batch(max(1, cfg.batch_size // cfg.micro), run.gen)
-            times = sample_times(T, cfg.runs, cfg.run_len, run.gen)
-            with trainer.autocast(device):
+            x, y = task.batch(cfg.batch_size // cfg.micro, run.gen)             # (B, T) each
+            times = sample_times(T, cfg.runs, cfg.run_len, run.gen)             # (runs, run_len)
+            with autocast(device):
                 losses = objective(encoder, decoder, rnn, x, y, times, cfg, run.gen)
-            run.backward(losses, 1 / cfg.micro)
-        run.update()
+            (losses["loss"] / cfg.micro).backward()
+            means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
+        run.update(means, cfg.batch_size * task.T, sequential_layers(c, cfg))
+
+        if run.time_to_evaluate() or run.time_to_save():
+            with run.averaged():
+                hand_over(encoder, decoder, rnn)
+                if run.time_to_evaluate():
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)
+                    run.report(summary(got), best="one_step")
+                    draw_samples(cfg.out_dir, task, rnn, encoder, decoder, n=min(40, cfg.n_val))
+                if run.time_to_save():
+                    run.save()
+    run.finish()
     print(f"next: python dmt.py --ckpt {run.path('ckpt.pt')}")
 
 

@@ -19,7 +19,7 @@ import presets  # noqa: E402
 import trainer  # noqa: E402
 from console import cli  # noqa: E402
 from evaluate import evaluate, summary  # noqa: E402
-from model import Decoder, cross_entropy  # noqa: E402
+from model import Decoder, autocast, cross_entropy  # noqa: E402
 
 
 def recipe(preset: str, kinds: tuple) -> dict:
@@ -35,22 +35,32 @@ def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return dict(loss=cross_entropy(decoder(nothing, x, x.new_full((len(x),), -1)), y))
 
 
-def main(argv=None) -> None:
-    cfg, _ = flags.parse("transformer", flags.Config, argv, __doc__, recipe,
-                         unused=("rnn", "encoder", "mem_tokens", "rnn_layers", "ctx_len", "fut_len"))
+def main(argv) -> None:
+    cfg, _ = flags.parse("transformer", flags.Config, argv, __doc__, recipe, unused=(
+        "rnn", "encoder", "mem_tokens", "rnn_layers", "ctx_len", "fut_len"))
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     c = dataclasses.replace(c, dec_layers=c.enc_layers + c.dec_layers)
     decoder = Decoder(c).to(device)
-    run = trainer.Run(
-        cfg, "transformer", dict(decoder=decoder), [[*decoder.parameters()]], c, task, device, select="teacher",
-        validate=lambda: summary(evaluate(task, None, None, decoder, "val", cfg.n_val)), draw=lambda out_dir: None)
-    for step in run.loop():
-        x, y = task.batch(cfg.batch_size, run.gen)
-        with trainer.autocast(device):
+
+    run = trainer.Run("transformer", cfg, dict(decoder=decoder), [[*decoder.parameters()]], c, task,
+                      device)
+    while run.unfinished():
+        run.set_learning_rate()
+        x, y = task.batch(cfg.batch_size, run.gen)                              # (B, T) each
+        with autocast(device):
             losses = objective(decoder, x, y)
-        run.backward(losses)
-        run.update()
+        losses["loss"].backward()
+        run.update(losses, x.numel(), c.dec_layers)
+
+        if run.time_to_evaluate() or run.time_to_save():
+            with run.averaged():
+                if run.time_to_evaluate():
+                    run.report(summary(evaluate(task, None, None, decoder, "val", cfg.n_val)),
+                               best="teacher")
+                if run.time_to_save():
+                    run.save()
+    run.finish()
     print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')}")
 
 
