@@ -1,20 +1,22 @@
-"""How fast? Each way of ours against a plain implementation of the reference's way, interleaved, as ratios.
+"""How fast? Each way of ours against a plain implementation of the reference's, as ratios.
 
     python bench.py                                 # laptop sizes, MNIST 14x14, a few minutes
     python bench.py --preset gpu --device cuda
 
 The reference's way, for the same networks and the same data:
 
-    SMT   one time t a batch; two bidirectional passes make m_{t-1} and m_t; the decoder reads one of them; one transition
-    DMT   one rollout of T steps with its graph; a label at every 16th step, each from a bidirectional pass that builds a
-          graph too; backpropagation through everything; one optimiser step
+    SMT   one time t a batch; two bidirectional passes make m_{t-1} and m_t; the decoder reads one
+          of them; one transition
+    DMT   one rollout of T steps with its graph; a label at every 16th step, each from a
+          bidirectional pass that builds a graph too; backpropagation through everything; one
+          optimiser step
 
-Ours is what smt.py and dmt.py do with their presets, and SMT once more with 12 runs of 15 times, 8 memories decoded.
-A labelled transition is a pair (m_{t-1}, x_t) -> m_t with a label from the encoder that an optimiser step learns from. Both
-ways read the same contexts, process whole batches and end with an optimiser step, ours of the preset's optimiser, the
-reference's of AdamW. MNIST at laptop sizes is timed at 14x14 and, because labels cost the reference a context each, at 28x28.
+Ours is what smt.py and dmt.py do with their presets, and SMT once more with 12 runs of 15 times, 8
+memories decoded. A labelled transition is a pair (m_{t-1}, x_t) -> m_t with a label from the
+encoder that an optimiser step learns from. Both ways read the same contexts, process whole batches
+and end with an optimiser step, ours of the preset's optimiser, the reference's of AdamW. MNIST at
+laptop sizes is timed at 14x14 and, because labels cost the reference a context each, at 28x28.
 """
-import argparse
 import dataclasses
 import functools
 import json
@@ -32,15 +34,16 @@ import flags
 import presets
 import smt
 import trainer
-from console import MOST_THREADS, cli, demand, fail, pick_device
+from console import MOST_THREADS, cli, demand, parser, pick_device
 from model import RNN, Decoder, Encoder, autocast, cross_entropy, futures
 
 LABEL_EVERY = 16  # of the reference's DMT
 
 
-# --------------------------------------------------------------------------------- the reference's way, written plainly
+# ------------------------------------------------------------ the reference's way, written plainly
 
-def reference_smt(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor, t: int, cfg) -> Tensor:
+def reference_smt(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor, t: int,
+                  cfg) -> Tensor:
     """Eq. 5 with one transition (t-1 -> t) a sequence; t >= 1. Returns the loss."""
     before, after = encoder.encode_window(x, t - 1), encoder.encode_window(x, t)
     when = torch.tensor([t - 1])
@@ -56,15 +59,17 @@ def reference_dmt(encoder: Encoder, rnn: RNN, x: Tensor, y: Tensor) -> Tensor:
     own = rnn.memories(x)
     when = range(LABEL_EVERY - 1, x.shape[1], LABEL_EVERY)
     labels = torch.stack([encoder.encode_window(x, t) for t in when], dim=1)
-    return 10 * F.mse_loss(own[:, LABEL_EVERY - 1::LABEL_EVERY], labels) + cross_entropy(rnn.logits(own.detach()), y)
+    return 10 * F.mse_loss(own[:, LABEL_EVERY - 1::LABEL_EVERY], labels) + \
+        cross_entropy(rnn.logits(own.detach()), y)
 
 
-# ----------------------------------------------------------------------------------------------------- one step of each
+# -------------------------------------------------------------------------------- one step of each
 
 class Bench:
-    """Networks, data and optimiser of a laptop or GPU run, and one callable for every thing to time."""
+    """Networks, data and optimiser of a laptop or GPU run, and a method for everything to time."""
 
-    def __init__(self, preset: str, dataset: str, device: str, data_dir: str, compile: bool = False, **task):
+    def __init__(self, preset: str, dataset: str, device: str, data_dir: str,
+                 compile: bool = False, **task):
         self.device = device
         config = functools.partial(flags.config, preset=preset, dataset=dataset, data_dir=data_dir,
                                    **task)
@@ -73,7 +78,8 @@ class Bench:
         self.task = flags.load_data(vars(self.smt), device)
         c = trainer.model_config(self.smt, self.task)
         torch.manual_seed(0)
-        self.encoder, self.decoder, self.rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
+        self.encoder, self.decoder, self.rnn = (
+            net(c).to(device) for net in (Encoder, Decoder, RNN))
         self.gen = torch.Generator().manual_seed(0)
         self.times = torch.arange(self.task.T)
         nets = dict(encoder=self.encoder, decoder=self.decoder, rnn=self.rnn)
@@ -95,8 +101,8 @@ class Bench:
         x, y = self.task.batch(cfg.batch_size, self.gen)
         times = smt.sample_times(self.task.T, runs or cfg.runs, run_len or cfg.run_len, self.gen)
         with autocast(self.device):
-            loss = smt.objective(self.encoder, self.decoder, self.rnn, x, y, times, cfg, self.gen)["loss"]
-        self.learn(loss, self.optimizers)
+            losses = smt.objective(self.encoder, self.decoder, self.rnn, x, y, times, cfg, self.gen)
+        self.learn(losses["loss"], self.optimizers)
         return len(x) * times.shape[0] * (times.shape[1] - 1)
 
     def smt_reference(self) -> int:
@@ -120,9 +126,9 @@ class Bench:
         for pick in order.split(cfg.pairs)[:max(1, len(order) // cfg.pairs)]:
             b, t = (v.to(self.device) for v in (pick // (T - 1), pick % (T - 1) + 1))
             with autocast(self.device):
-                loss = dmt.objective(self.decoder, self.rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut[b, t],
-                                     y_fut[b, t], variance, cfg)["loss"]
-            self.learn(loss, self.optimizers)
+                losses = dmt.objective(self.decoder, self.rnn, own[b, t - 1], x[b, t], t,
+                                       labels[b, t], x_fut[b, t], y_fut[b, t], variance, cfg)
+            self.learn(losses["loss"], self.optimizers)
         return max(1, len(order) // cfg.pairs) * min(cfg.pairs, len(order))
 
     def dmt_reference(self) -> int:
@@ -142,8 +148,8 @@ class Bench:
 
 
 def interleaved(ways: dict, seconds: float, device: str) -> dict[str, tuple[float, int]]:
-    """name -> (median seconds a call, transitions a call). One call of each in turn, so that a noisy machine disturbs all
-    alike; the first calls warm up."""
+    """name -> (median seconds a call, transitions a call). One call of each in turn, so that a
+    noisy machine disturbs all alike; the first calls warm up."""
     spent, made = {name: [] for name in ways}, {}
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or min(map(len, spent.values())) < 3:
@@ -157,8 +163,10 @@ def interleaved(ways: dict, seconds: float, device: str) -> dict[str, tuple[floa
 
 
 def matmul_rate(device: str, n: int = 2048) -> float:
-    """Floating-point operations a second of a large matrix product, the most this machine can do (fp32; bf16 on CUDA)."""
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    """Floating-point operations a second of a large matrix product, the most this machine can do
+    (fp32; bf16 on CUDA)."""
+    kind = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    a = torch.randn(n, n, device=device, dtype=kind)
     best = math.inf
     for _ in range(6):
         start = time.perf_counter()
@@ -167,47 +175,51 @@ def matmul_rate(device: str, n: int = 2048) -> float:
     return 2 * n ** 3 / best
 
 
-def main(argv=None) -> None:
-    p = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail
+def main(argv) -> None:
+    p = parser("bench.py", __doc__)
     p.add_argument("--preset", choices=presets.PRESETS, default="laptop",
                    help="sizes of networks and batches (default: %(default)s)")
-    p.add_argument("--dataset", choices=[d for d in datasets.OPTIONS if d not in ("text", "images")], default="mnist",
-                   help="(default: %(default)s)")
+    p.add_argument("--dataset", default="mnist", help="(default: %(default)s)",
+                   choices=[d for d in datasets.OPTIONS if d not in ("text", "images")])
     p.add_argument("--data_dir", default=flags.Config.data_dir, help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice (default: %(default)s)")
-    p.add_argument("--seconds", type=float, default=60.0, help="for each comparison (default: %(default)s)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks, for both ways (default: eager)")
-    p.add_argument("--json", action="store_true", help="print JSON and nothing else (default: a table)")
+    p.add_argument("--threads", type=int, default=0,
+                   help="CPU threads; 0 = torch's choice (default: %(default)s)")
+    p.add_argument("--seconds", type=float, default=60.0,
+                   help="for each comparison (default: %(default)s)")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile the blocks, for both ways (default: eager)")
+    p.add_argument("--json", action="store_true",
+                   help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
     demand("threads", a.threads, 0, MOST_THREADS)
     demand("seconds", a.seconds, 0, 1e6)
     if a.threads:
         torch.set_num_threads(a.threads)
-    device = pick_device(a.device)
+    device, sizes = pick_device(a.device), [{}]
+    if a.dataset == "mnist" and a.preset == "laptop":
+        sizes = [dict(image_size=14), dict(image_size=28)]
     pairs = {}
-    for task in (dict(image_size=14), dict(image_size=28)) if a.dataset == "mnist" and a.preset == "laptop" else (dict(),):
-        b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile, **task)
-        at = f", T = {b.task.T}"
+    for size in sizes:
+        b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile, **size)
+        reference, at = ("reference", b.smt_reference), f", T = {b.task.T}"
         pairs |= {
-            "SMT" + at: ("ours", b.smt_ours, "reference", b.smt_reference),
-            "SMT, many transitions" + at: ("ours", lambda b=b: b.smt_ours(12, 15, 8), "reference", b.smt_reference),
-            "SMT, one transition" + at: ("ours", lambda b=b: b.smt_ours(1, 2, 1), "reference", b.smt_reference),
+            "SMT" + at: ("ours", b.smt_ours, *reference),
+            "SMT, many transitions" + at: ("ours", lambda b=b: b.smt_ours(12, 15, 8), *reference),
+            "SMT, one transition" + at: ("ours", lambda b=b: b.smt_ours(1, 2, 1), *reference),
             "DMT" + at: ("ours, a whole round", b.dmt_ours, "reference, a step", b.dmt_reference),
             "SMT and BPTT" + at: ("SMT", b.smt_ours, "BPTT", b.bptt),
         }
-    rate = matmul_rate(device)
-    rows = []
+    rate, rows = matmul_rate(device), []
     for what, (one, way, other, plain) in pairs.items():
         got = interleaved({one: way, other: plain}, a.seconds, device)
         (t1, n1), (t2, n2) = got[one], got[other]
-        rows.append(dict(what=what, ways=[one, other], seconds=[t1, t2], transitions=[n1, n2], per_step=t2 / t1,
-                         per_transition=(t2 / n2) / (t1 / n1)))
+        rows.append(dict(what=what, ways=[one, other], seconds=[t1, t2], transitions=[n1, n2],
+                         per_step=t2 / t1, per_transition=(t2 / n2) / (t1 / n1)))
         if not a.json:
-            print(f"{what:34} {one}: {t1 * 1e3:.0f} ms for {n1:,} transitions | {other}: {t2 * 1e3:.0f} ms for {n2:,} | "
-                  f"{t2 / t1:.2f}x a call, {rows[-1]['per_transition']:.1f}x a transition", flush=True)
+            print(f"{what:34} {one}: {t1 * 1e3:.0f} ms for {n1:,} transitions | "
+                  f"{other}: {t2 * 1e3:.0f} ms for {n2:,} | {t2 / t1:.2f}x a call, "
+                  f"{rows[-1]['per_transition']:.1f}x a transition", flush=True)
     out = dict(preset=a.preset, dataset=a.dataset, device=device, threads=torch.get_num_threads(),
                torch=torch.__version__, compile=a.compile, gflops=rate / 1e9, rows=rows)
     print(json.dumps(out) if a.json else

@@ -2,8 +2,8 @@
 
     python bptt.py --dataset mnist
     python bptt.py --dataset mnist --truncate 32              # gradients cross at most 32 steps
-    python bptt.py --dataset mnist --image_size 28 --recompute 28   # memory O(sqrt(T)) for one more rollout
-    python bptt.py --init runs/dmt-mnist/ckpt.pt --lr 1e-3 --minutes 5  # post-training of an SMT or DMT checkpoint
+    python bptt.py --dataset mnist --image_size 28 --recompute 28   # memory O(sqrt(T))
+    python bptt.py --init runs/dmt-mnist/ckpt.pt --lr 1e-3 --minutes 5  # goes on from SMT or DMT
 
 Writes runs/bptt-<dataset>.
 """
@@ -33,15 +33,17 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
               recompute: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """Cross-entropy of the readout along a rollout (Eq. 1) with its whole graph.
 
-    m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"; x, y (B, S) int64 are
-    x_t .. x_{t+S-1} and their targets. Returns named scalars and the last memory (B, K, d).
+    m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"; x, y (B, S) int64
+    are x_t .. x_{t+S-1} and their targets. Returns named scalars and the last memory (B, K, d).
     """
     own = []
     if m is None:
         m = rnn.start(len(x))
         own, x, t = [m[:, None]], x[:, 1:], t + 1
-    for part in x.split(recompute or x.shape[1], dim=1) if x.shape[1] else ():  # with BOS alone there is no update
-        own.append(checkpoint(rnn.rollout, m, part, t, use_reentrant=False) if recompute else rnn.rollout(m, part, t))
+    parts = x.split(recompute or x.shape[1], dim=1) if x.shape[1] else ()  # BOS alone: no update
+    for part in parts:
+        own.append(checkpoint(rnn.rollout, m, part, t, use_reentrant=False) if recompute else
+                   rnn.rollout(m, part, t))
         m, t = own[-1][:, -1], t + part.shape[1]
     own = torch.cat(own, dim=1)                                                 # (B, S, K, d)
     loss = cross_entropy(rnn.logits(own), y)

@@ -19,7 +19,8 @@ MOST_THREADS = 1024  # torch crashes on absurd numbers
 
 def parser(prog: str, doc: str) -> argparse.ArgumentParser:
     """An argument parser whose help fits 100 columns and whose mistakes are UserErrors."""
-    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100)
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=100,
+                               max_help_position=26)
     p = argparse.ArgumentParser(prog=prog, usage="python %(prog)s [flags]", description=doc,
                                 allow_abbrev=False, formatter_class=layout)
     p.error = fail  # one line instead of a usage block

@@ -4,10 +4,11 @@
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --detach_dec --lambda_mse 10     # the paper's loss
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --rollout parallel --horizon 4
 
-One round: the RNN runs on its own memories, without a graph; the frozen encoder says where it should have been.
-Then a few optimiser steps learn from random pairs (own m_{t-1}, x_t) of the round, in parallel over time: the new memory
-shall be the encoder's m_t (Eq. 6), and it shall predict the future (Eq. 2 on the RNN's memory). No gradient goes back
-further than the one update in question. Writes runs/dmt-<dataset>.
+One round: the RNN runs on its own memories, without a graph; the frozen encoder says where it
+should have been. Then a few optimiser steps learn from random pairs (own m_{t-1}, x_t) of the
+round, in parallel over time: the new memory shall be the encoder's m_t (Eq. 6), and it shall
+predict the future (Eq. 2 on the RNN's memory). No gradient goes back further than the one update
+in question. Writes runs/dmt-<dataset>.
 """
 import math
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import trainer
 from console import cli, fail
 from evaluate import evaluate, summary
 from flags import flag
-from model import RNN, Decoder, ModelConfig, autocast, build, cross_entropy, futures
+from model import RNN, Decoder, Encoder, ModelConfig, autocast, build, cross_entropy, futures
 from sample import draw_samples
 
 
@@ -41,26 +42,31 @@ class Config(flags.Config):
 
 
 def horizon_at(done: float, most: int) -> int:
-    """Curriculum: 16 steps at first, growing geometrically to `most` when 60 % of the run is done."""
+    """Curriculum: 16 steps at first, growing geometrically to `most` when 60 % of the run is
+    done."""
     return min(most, round(16 * (most / 16) ** min(1.0, done / 0.6)))
 
 
 @torch.no_grad()
-def own_memories(rnn: RNN, labels: Tensor, x: Tensor, horizon: int, offset: int, mode: str, most: float) -> Tensor:
+def own_memories(rnn: RNN, labels: Tensor, x: Tensor, horizon: int, offset: int, mode: str,
+                 most: float) -> Tensor:
     """The RNN's own memories, never further than `horizon` updates from an encoder's: (B, T, K, d).
 
-    labels (B, T, K, d) are the encoder's memories of x (B, T). sequential: every sequence is cut at the times
-    t = offset (mod horizon); there, and at t = 0, the memory is the encoder's, and from there the RNN runs
-    alone, all pieces at once. parallel: `horizon` Jacobi sweeps m_t <- f(m_{t-1}, x_t) over all times, from the
-    encoder's; T - 1 sweeps are the exact rollout from m_0.
+    labels (B, T, K, d) are the encoder's memories of x (B, T). sequential: every sequence is cut at
+    the times t = offset (mod horizon); there, and at t = 0, the memory is the encoder's, and from
+    there the RNN runs alone, all pieces at once. parallel: `horizon` Jacobi sweeps
+    m_t <- f(m_{t-1}, x_t) over all times, from the encoder's; T - 1 sweeps are the exact rollout
+    from m_0.
 
-    A memory with a mean square error above `most` is put back on the label (the tube): it has lost what the label
-    holds, no later input brings that back, and a pair that starts there would teach the RNN to forget.
+    A memory with a mean square error above `most` is put back on the label (the tube): it has lost
+    what the label holds, no later input brings that back, and a pair that starts there would teach
+    the RNN to forget.
     """
     B, T = x.shape
     own = labels.clone()
 
-    def step(m: Tensor, x_now: Tensor, t: Tensor, label: Tensor) -> Tensor:     # (B, n, K, d), (B, n), (n,)
+    def step(m: Tensor, x_now: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """m, label (B, n, K, d), x_now (B, n), t (n,) -> (B, n, K, d)."""
         m = rnn.update(m.flatten(0, 1), x_now.flatten(), t.repeat(B)).view_as(label).to(label.dtype)
         lost = (m - label).square().mean((2, 3), keepdim=True) > most
         return torch.where(lost, label, m)
@@ -71,41 +77,53 @@ def own_memories(rnn: RNN, labels: Tensor, x: Tensor, horizon: int, offset: int,
             own[:, 1:] = step(own[:, :-1], x[:, 1:], t, labels[:, 1:])
         return own
     for age in range(1, horizon):
-        first = (offset + age) % horizon or horizon                            # times t >= 1 with t - offset = age
+        first = (offset + age) % horizon or horizon     # times t >= 1 with t - offset = age
         t = torch.arange(first, T, horizon, device=x.device)
         if len(t):
-            own[:, first::horizon] = step(own[:, first - 1:T - 1:horizon], x[:, t], t, labels[:, first::horizon])
+            own[:, first::horizon] = step(own[:, first - 1:T - 1:horizon], x[:, t], t,
+                                          labels[:, first::horizon])
     return own
 
 
-def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tensor, m_label: Tensor, x_fut: Tensor,
-              y_fut: Tensor, variance: Tensor, cfg: Config) -> dict[str, Tensor]:
+def objective(decoder: Decoder, rnn: RNN, m_own: Tensor, x_now: Tensor, t: Tensor, m_label: Tensor,
+              x_fut: Tensor, y_fut: Tensor, variance: Tensor, cfg: Config) -> dict[str, Tensor]:
     """Eq. 6, and Eq. 2 on the RNN's memory, on N pairs. Named scalars.
 
-    Own memory m_own = m_{t-1} (N, K, d) and x_now = x_t (N,) at t (N,) should give the encoder's m_label = m_t (N, K, d)
-    and predict y_fut (N, Tf) given x_fut (N, Tf-1), the futures of t.
+    Own memory m_own = m_{t-1} (N, K, d) and x_now = x_t (N,) at t (N,) should give the encoder's
+    m_label = m_t (N, K, d) and predict y_fut (N, Tf) given x_fut (N, Tf-1), the futures of t.
     """
     m = rnn.update(m_own.detach(), x_now, t)
-    mse = F.mse_loss(m.float(), m_label.float()) / variance                     # Eq. 6; 1 = no better than the mean
+    mse = F.mse_loss(m.float(), m_label.float()) / variance     # Eq. 6; 1 = no better than the mean
 
-    # The future as Eq. 2 asks for it, predicted from the RNN's memory by its own readout. The gradient reaches the
-    # one update that made m, and the readout learns to read what the RNN writes.
-    some = slice(cfg.decode or len(m))                                          # pairs come in random order
+    # The future as Eq. 2 asks for it, predicted from the RNN's memory by its own readout. The
+    # gradient reaches the one update that made m, and the readout learns to read what the RNN
+    # writes.
+    some = slice(cfg.decode or len(m))                                  # pairs come in random order
     m, m_label, x_fut, y_fut, t = m[some], m_label[some], x_fut[some], y_fut[some], t[some]
     logits = rnn.readout(m.detach() if cfg.detach_dec else m, x_fut, t)
     dec = cross_entropy(logits, y_fut)
     loss = cfg.lambda_mse * mse + cfg.lambda_dec * dec
     named = dict(mse=mse, dec=dec)
 
-    # Two memories are equal when they predict the same future: KL(encoder's || RNN's) through the frozen decoder
+    # Two memories are equal when they predict the same future: KL(encoder's || RNN's) through the
+    # frozen decoder
     if cfg.lambda_kl:
         with torch.no_grad():
             p = decoder(m_label, x_fut, t).float().log_softmax(-1)
         q = decoder(m, x_fut, t).float().log_softmax(-1)
         valid = y_fut >= 0
-        named["kl"] = (F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * valid).sum() / valid.sum().clamp(min=1)
+        each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        named["kl"] = (each * valid).sum() / valid.sum().clamp(min=1)
         loss = loss + cfg.lambda_kl * named["kl"]
     return dict(loss=loss) | named
+
+
+@torch.no_grad()
+def variance_of(encoder: Encoder, x: Tensor, times: Tensor) -> Tensor:
+    """Of an entry of the encoder's memories of x (B, T), over sequences and times: a scalar, the
+    unit of Eq. 6 and of the tube."""
+    m = encoder(x, times).float().flatten(0, 1)
+    return m.var(0, correction=0).mean().clamp(min=1e-8)
 
 
 def sequential_layers(c: ModelConfig, cfg: Config, horizon: int) -> tuple[int, int]:
@@ -132,10 +150,8 @@ def main(argv) -> None:
     c = rnn.c
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T
     times = torch.arange(T)
-    with torch.no_grad():  # of a label's entries: the unit of Eq. 6 and of the tube
-        x, _ = task.batch(64, torch.Generator().manual_seed(0))
-        m = encoder(x, times).float().flatten(0, 1)
-        variance = m.var(0, correction=0).mean().clamp(min=1e-8)
+    x, _ = task.batch(64, torch.Generator().manual_seed(0))
+    variance = variance_of(encoder, x, times)
     tube = (cfg.tube or math.inf) * float(variance)
     steps_a_round = max(1, cfg.batch_size * (T - 1) // cfg.pairs)  # every pair is used once
 

@@ -202,7 +202,8 @@ def table(r: dict) -> str:
     lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences", "",
              f"{'':16}{'teacher':>10}{'one step':>10}{'rollout':>10}",
              row(r["units"], r) + f"   ± {show(r['stderr'])} (standard error)"]
-    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), ("t >= T/2", "late")):
+    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"),
+                      ("t >= T/2", "late")):
         if r[key]:
             lines.append(row(name, r[key]))
     for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"),

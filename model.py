@@ -5,27 +5,28 @@ Glossary (paper's symbol, shape, meaning; the same names everywhere in this proj
     code    paper     shape            meaning
     B                                  sequences in a batch
     T       T                          length of a sequence: x_0 .. x_{T-1}, with x_0 = BOS
-    K, d    K, d                       memory tokens, and the width of each (also of every residual stream)
+    K, d    K, d                       memory tokens, and the width of each (and of all streams)
     H, hd                              attention heads, and the width of each (inner width H * hd)
-    V                                  output symbols;  inputs have their own vocabulary, whose last id is BOS
-    Tc, Tf  T_ctx, T_fut               most context tokens an encoder pass reads; future outputs a decoder predicts
+    V                                  output symbols; inputs have ids of their own, the last is BOS
+    Tc, Tf  T_ctx, T_fut               most context tokens an encoder pass reads; future outputs a
+                                       decoder predicts
     n                                  times at which one encoder pass makes memories
-    N, S                               rows of any batch (often B * n), and positions of any token stream
+    N, S                               rows of any batch (often B * n), positions of any stream
     x       x         (B, T) int64     inputs
     y       y         (B, T) int64     targets, -1 = no target here
-    m       m_t       (B, K, d)        memory after reading x_0 .. x_t; every token has root-mean-square 1
+    m       m_t       (B, K, d)        memory after x_0 .. x_t; tokens have root-mean-square 1
     Encoder E_phi                      context -> m_t
     Decoder D_psi                      m_t, x_{t+1..t+Tf-1} -> y_t .. y_{t+Tf-1} (Eq. 2)
     update  f_theta                    m_{t-1}, x_t -> m_t                       (Eq. 1)
     readout g_theta                    m_t -> y_t; a Decoder that is given the memory alone
 
-The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/test_index.py checks it):
+The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/test_01_index.py):
 
     t      0     1     2     3     4     5
     x_t    BOS   s_0   s_1   s_2   s_3   s_4      s_5 is never an input
     y_t    s_0   s_1   s_2   s_3   s_4   s_5
     m_2 has read BOS s_0 s_1.  readout(m_2) predicts y_2 = s_2.  update(m_2, x_3, 3) = m_3.
-    decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the token that arrived last.
+    decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the last token before.
 """
 import contextlib
 import os
@@ -81,7 +82,8 @@ def rope(pos: Tensor, hd: int) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block. Split in two, so that the Encoder can keep keys and values of the tokens."""
+    """Pre-norm Transformer block. Split in two, so that the Encoder can keep keys and values of the
+    tokens."""
 
     def __init__(self, c: ModelConfig, layers: int):
         super().__init__()
@@ -102,13 +104,14 @@ class Block(nn.Module):
         N, S, _ = h.shape
         q, k, v = self.w_qkv(norm(h)).view(N, S, 3, self.H, self.hd).permute(2, 0, 3, 1, 4)
         cos, sin = (a.to(q.dtype) for a in angles)
-        a, b = torch.stack([q, k]).chunk(2, dim=-1)                             # (2, N, H, S, hd/2) each
+        a, b = torch.stack([q, k]).chunk(2, dim=-1)                     # (2, N, H, S, hd/2) each
         q, k = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
         return q, k, v
 
     def mix(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
             causal: bool = False) -> Tensor:
-        """Attend and transform: h (N, S, d), keys of any length, mask (S, keys) bool (True = may look)."""
+        """Attend and transform: h (N, S, d), keys of any length, mask (S, keys) bool (True = may
+        look)."""
         N, S, _ = h.shape
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         h = h + self.w_out(a.transpose(1, 2).reshape(N, S, self.H * self.hd))
@@ -119,8 +122,9 @@ class Block(nn.Module):
 
 
 class Event(nn.Module):
-    """Embeds the event (x_t, t): the symbol, and in fixed-length tasks the absolute time (the paper's
-    "timestamped set"). Normalised, so that events and memory tokens enter the networks on one scale."""
+    """Embeds the event (x_t, t): the symbol, and in fixed-length tasks the absolute time (the
+    paper's "timestamped set"). Normalised, so that events and memory tokens enter the networks on
+    one scale."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -142,9 +146,10 @@ class Encoder(nn.Module):
     Two attention patterns over the same weights:
 
     bidirectional   the paper's. One time a pass: [x_{t+1-Tc} .. x_t, registers], full attention.
-    causal          tokens attend causally and never see a register, so their keys and values are computed
-                    once; then n groups of K registers, group i placed at time t_i, each attend to the tokens
-                    up to t_i and to themselves. One pass gives the memories of n times.
+    causal          tokens attend causally and never see a register, so their keys and values are
+                    computed once; then n groups of K registers, group i placed at time t_i, each
+                    attend to the tokens up to t_i and to themselves. One pass gives the memories of
+                    n times.
 
     A register k of time t has the same RoPE position in both: (tokens read) + k.
     """
@@ -157,27 +162,32 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(c, c.enc_layers) for _ in range(c.enc_layers))
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        """Memories of x (B, T) int64 at `times` (n,), an int64 tensor on the CPU -> (B, n, K, d)."""
+        """Memories of x (B, T) int64 at `times` (n,), int64 on the CPU -> (B, n, K, d)."""
         if self.c.encoder == "bidirectional":
             return torch.stack([self.encode_window(x, t) for t in times.tolist()], dim=1)
         assert times.max() < self.c.ctx_len, \
-            f"causal labels exist for t < Tc = {self.c.ctx_len}, asked for t = {times.max()}; raise --ctx_len"
+            f"causal labels exist for t < Tc = {self.c.ctx_len}, asked for t = {times.max()}; " \
+            "raise --ctx_len"
         past = self.encode_tokens(x[:, :times.max() + 1])
         return torch.cat([self.encode_groups(past, ts) for ts in times.split(8)], dim=1)
 
     def encode_window(self, x: Tensor, t: int) -> Tensor:
-        """The paper's pass: the last Tc tokens up to t, then the registers, full attention -> (B, K, d)."""
+        """The paper's pass: the last Tc tokens up to t, then the registers, full attention ->
+        (B, K, d)."""
         start = max(0, t + 1 - self.c.ctx_len)
         when = torch.arange(start, t + 1, device=x.device)
-        h = torch.cat([self.event(x[:, start:t + 1], when), self.registers.expand(len(x), -1, -1)], dim=1)
+        tokens = self.event(x[:, start:t + 1], when)
+        h = torch.cat([tokens, self.registers.expand(len(x), -1, -1)], dim=1)
         angles = rope(torch.arange(h.shape[1], device=x.device), self.blocks[0].hd)
         for block in self.blocks:
             h = block(h, angles)
         return norm(h[:, t + 1 - start:])
 
-    def encode_tokens(self, x: Tensor, past: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of x (B, L) under causal attention, per layer: 2 x (B, H, L, hd). With the `past` of the
-        tokens before, x is the one next token (B, 1), and the result is the longer past."""
+    def encode_tokens(self, x: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
+                      ) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of x (B, L) under causal attention, per layer: 2 x (B, H, L, hd). With
+        the `past` of the tokens before, x is the one next token (B, 1), and the result is the
+        longer past."""
         start = past[0][0].shape[2] if past else 0
         when = torch.arange(start, start + x.shape[1], device=x.device)
         h, out = self.event(x, when), []
@@ -192,25 +202,28 @@ class Encoder(nn.Module):
         return out
 
     def encode_groups(self, past: list[tuple[Tensor, Tensor]], times: Tensor) -> Tensor:
-        """Register groups at `times` (n,) on the CPU, reading the tokens' `past` -> (B, n, K, d)."""
+        """Register groups at `times` (n,) on the CPU, reading the tokens' `past` ->
+        (B, n, K, d)."""
         k, _ = past[0]
         B, n, K, L, dev = len(k), len(times), self.c.mem_tokens, int(times.max()) + 1, k.device
-        when = times.repeat_interleave(K).to(dev)                              # (n K,) time of each register
+        when = times.repeat_interleave(K).to(dev)                       # (n K,) of each register
         sees_token = torch.arange(L, device=dev) <= when[:, None]              # (n K, L)
-        sees_group = torch.eye(n, dtype=torch.bool, device=dev).repeat_interleave(K, 0).repeat_interleave(K, 1)
+        same = torch.eye(n, dtype=torch.bool, device=dev)
+        sees_group = same.repeat_interleave(K, 0).repeat_interleave(K, 1)      # (n K, n K)
         mask = torch.cat([sees_token, sees_group], dim=1)                      # (n K, L + n K)
         angles = rope(when + 1 + torch.arange(K, device=dev).repeat(n), self.blocks[0].hd)
         h = self.registers.repeat(n, 1).expand(B, -1, -1)                      # (B, n K, d)
         for block, (k, v) in zip(self.blocks, past):
             q, rk, rv = block.qkv(h, angles)
-            h = block.mix(h, q, torch.cat([k[:, :, :L], rk], 2), torch.cat([v[:, :, :L], rv], 2), mask)
+            k, v = torch.cat([k[:, :, :L], rk], 2), torch.cat([v[:, :, :L], rv], 2)
+            h = block.mix(h, q, k, v, mask)
         return norm(h).view(B, n, K, -1)
 
 
 class Decoder(nn.Module):
-    """D_psi: causal Transformer over [m_t, x_{t+1}, x_{t+2} ..]; predicts y_t at the last memory token,
-    y_{t+1} at x_{t+1}, and so on (Eq. 2). Given the memory alone it is the readout g_theta. Given no memory
-    at all (K = 0) it is a plain causal language model."""
+    """D_psi: causal Transformer over [m_t, x_{t+1}, x_{t+2} ..]; predicts y_t at the last memory
+    token, y_{t+1} at x_{t+1}, and so on (Eq. 2). Given the memory alone it is the readout g_theta.
+    Given no memory at all (K = 0) it is a plain causal language model."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -218,30 +231,36 @@ class Decoder(nn.Module):
         self.event = Event(c)
         self.blocks = nn.ModuleList(Block(c, c.dec_layers) for _ in range(c.dec_layers))
         self.head = nn.Linear(c.d_model, c.n_out, bias=False)
-        nn.init.zeros_(self.head.weight)  # the first prediction is uniform: the loss starts at log V
+        nn.init.zeros_(self.head.weight)  # predictions start uniform, the loss at log V
 
     def forward(self, m: Tensor, x_fut: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """m (N, K, d); x_fut (N, F) int64 = x_{t+1} .. x_{t+F}; t (N,) int64 time of m.
 
-        Returns logits (N, 1 + F, V) of y_t .. y_{t+F}; without memory (K = 0) logits (N, F, V) of y_{t+1} .. .
+        Returns logits (N, 1 + F, V) of y_t .. y_{t+F}; without memory (K = 0) logits (N, F, V) of
+        y_{t+1} .. .
         """
         h, K = m, m.shape[1]
         if x_fut is not None:
             when = t[:, None] + 1 + torch.arange(x_fut.shape[1], device=m.device)
-            h = torch.cat([m, self.event(x_fut, when.clamp(max=self.c.T - 1))], dim=1)  # past the end: padding
+            when = when.clamp(max=self.c.T - 1)  # past the end: padding
+            h = torch.cat([m, self.event(x_fut, when)], dim=1)
         angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
         for block in self.blocks[:-1]:
             h = block(h, angles, causal=True)
         # the last layer has no use for the outputs of the first K - 1 memory tokens
         first, block = max(K - 1, 0), self.blocks[-1]
         q, k, v = block.qkv(h, angles)
-        mask = torch.ones(h.shape[1] - first, h.shape[1], dtype=torch.bool, device=m.device).tril(first) if first else None
+        mask = None
+        if first:
+            mask = torch.ones(h.shape[1] - first, h.shape[1], dtype=torch.bool, device=m.device)
+            mask = mask.tril(first)
         h = block.mix(h[:, first:], q[:, :, first:], k, v, mask, causal=not first)
         return self.head(norm(h))
 
 
 class TransformerUpdater(nn.Module):
-    """f_theta over K memory tokens and one event token, full attention; the K outputs are the new memory."""
+    """f_theta over K memory tokens and one event token, full attention; the K outputs are the new
+    memory."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -263,8 +282,10 @@ class MLPUpdater(nn.Module):
         super().__init__()
         self.event = Event(c)
         size = c.mem_tokens * c.d_model
-        self.w_up = nn.ModuleList(nn.Linear(size + c.d_model, 2 * size, bias=False) for _ in range(c.rnn_layers))
-        self.w_down = nn.ModuleList(nn.Linear(2 * size, size, bias=False) for _ in range(c.rnn_layers))
+        layers = lambda rows, columns: nn.ModuleList(
+            nn.Linear(rows, columns, bias=False) for _ in range(c.rnn_layers))
+        self.w_up = layers(size + c.d_model, 2 * size)
+        self.w_down = layers(2 * size, size)
         for w in self.w_down:
             nn.init.normal_(w.weight, std=(2 * size * 2 * c.rnn_layers) ** -0.5)
 
@@ -276,7 +297,8 @@ class MLPUpdater(nn.Module):
 
 
 class GRUUpdater(nn.Module):
-    """f_theta as one GRU cell on the memory flattened to one vector; `rnn_layers` has no meaning here."""
+    """f_theta as one GRU cell on the memory flattened to one vector; `rnn_layers` has no meaning
+    here."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -291,7 +313,8 @@ UPDATERS = {"transformer": TransformerUpdater, "mlp": MLPUpdater, "gru": GRUUpda
 
 
 class RNN(nn.Module):
-    """The recurrent network: memory m_0 of "BOS was read", updater (Eq. 1) and readout. Needs no encoder."""
+    """The recurrent network: memory m_0 of "BOS was read", updater (Eq. 1) and readout. Needs no
+    encoder."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -305,7 +328,8 @@ class RNN(nn.Module):
         return self.m0.expand(n, -1, -1)
 
     def update(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """m_t from m_{t-1} (N, K, d), x_t (N,) int64 and t (N,) int64 (Eq. 1), RMS-normalised per token."""
+        """m_t from m_{t-1} (N, K, d), x_t (N,) int64 and t (N,) int64 (Eq. 1), RMS-normalised per
+        token."""
         return norm(self.updater(m, x, t))
 
     def logits(self, m: Tensor) -> Tensor:
@@ -313,7 +337,8 @@ class RNN(nn.Module):
         return self.readout(m.flatten(0, -3))[:, 0].unflatten(0, m.shape[:-2])
 
     def rollout(self, m: Tensor, x: Tensor, t: int) -> Tensor:
-        """Own memories on data inputs: from m = m_{t-1} (B, K, d) read x (B, S) = x_t .. x_{t+S-1} -> (B, S, K, d)."""
+        """Own memories on data inputs: from m = m_{t-1} (B, K, d) read x (B, S) =
+        x_t .. x_{t+S-1} -> (B, S, K, d)."""
         out = []
         for i in range(x.shape[1]):
             m = self.update(m, x[:, i], torch.full_like(x[:, i], t + i))
@@ -329,8 +354,8 @@ class RNN(nn.Module):
 def futures(x: Tensor, y: Tensor, times: Tensor, Tf: int) -> tuple[Tensor, Tensor]:
     """What a decoder at `times` is given and asked for (Eq. 2).
 
-    x, y (B, T) int64; times (n,) int64 -> x_fut (B, n, Tf-1) = x_{t+1} .., y_fut (B, n, Tf) = y_t ..; past the end
-    inputs repeat the last one and targets are -1.
+    x, y (B, T) int64; times (n,) int64 -> x_fut (B, n, Tf-1) = x_{t+1} .., y_fut (B, n, Tf) = y_t
+    ..; past the end inputs repeat the last one and targets are -1.
     """
     T = x.shape[1]
     when = times.to(x.device)[:, None] + torch.arange(Tf, device=x.device)     # (n, Tf)
@@ -339,8 +364,10 @@ def futures(x: Tensor, y: Tensor, times: Tensor, Tf: int) -> tuple[Tensor, Tenso
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean nats over the valid targets of y (...,) with logits (..., V); 0 where every target is masked."""
-    total = F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), ignore_index=-1, reduction="sum")
+    """Mean nats over the valid targets of y (...,) with logits (..., V); 0 where every target is
+    masked."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), ignore_index=-1,
+                            reduction="sum")
     return total / (y >= 0).sum().clamp(min=1)
 
 
@@ -351,7 +378,8 @@ class CheckpointError(Exception):
 def load_checkpoint(path: str) -> dict:
     """The checkpoint at `path` as plain types and CPU tensors. Raises CheckpointError."""
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: no such checkpoint; train one first, or give the path of a ckpt.pt")
+        raise CheckpointError(f"{path}: no such checkpoint; train one first, or give the path of a "
+                              "ckpt.pt")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles: the one line below says it all
@@ -359,31 +387,36 @@ def load_checkpoint(path: str) -> dict:
     except Exception as e:  # torch raises half a dozen types for a damaged or malicious pickle
         reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
         reason = "not a checkpoint of plain types" if reason.startswith("Weights only") else reason
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]}); it may be truncated, "
-                              "take another one") from None
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]}); it may be "
+                              "truncated, take another one") from None
     kinds = dict(format=int, script=str, config=dict, model=dict)
-    if not isinstance(ckpt, dict) or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != 1 \
+    if not isinstance(ckpt, dict) \
+            or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != 1 \
             or not {"dataset", "preset"} <= ckpt["config"].keys() or "image" not in ckpt \
             or not {"rnn", "decoder"} & ckpt.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or best.pt")
+        raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or "
+                              "best.pt")
     return ckpt | dict(path=path)
 
 
 def build(ckpt: dict, *names: str) -> list[nn.Module]:
-    """The networks `names` ("encoder", "decoder", "rnn") of a checkpoint, with its weights, in eval mode."""
+    """The networks `names` ("encoder", "decoder", "rnn") of a checkpoint, with its weights, in eval
+    mode."""
     kinds = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN}
     out = []
     for name in names:
         try:
             net = kinds[name](ModelConfig(**ckpt["model"]))
             net.load_state_dict(ckpt[name])
-        except Exception as e:  # sizes and weights come from the file: anything may be wrong with them
-            raise CheckpointError(f"{ckpt.get('path', 'checkpoint')}: no usable {name} ({' '.join(str(e).split())[:120]}); "
-                                  "it comes from another script or version") from None
+        except Exception as e:  # sizes and weights come from the file: anything may be wrong
+            path, reason = ckpt.get("path", "checkpoint"), " ".join(str(e).split())[:120]
+            raise CheckpointError(f"{path}: no usable {name} ({reason}); it comes from another "
+                                  "script or version") from None
         out.append(net.eval())
     return out
 
 
 def load(path: str, device: str = "cpu") -> RNN:
-    """The trained RNN of any checkpoint, ready to be stepped (README shows how). Raises CheckpointError."""
+    """The trained RNN of any checkpoint, ready to be stepped (README shows how). Raises
+    CheckpointError."""
     return build(load_checkpoint(path), "rnn")[0].to(device)

@@ -1,24 +1,26 @@
-"""Muon: for matrices, momentum whose step is orthogonalised; all its singular values become about 1.
+"""Muon: for matrices, momentum whose step is orthogonalised; its singular values become about 1.
 
-AdamW scales every entry of a step by itself. A weight matrix acts along directions, not entries, and most of a gradient
-lies in a few of them; Muon steps equally far in all. torch.optim.Muon is the same rule, in bf16 and one matrix at a time:
-on a CPU that took half as long as the forward and the backward pass of our small networks together (results/speed). Here
-matrices of one shape go through the iteration together, in fp32 on a CPU.
+AdamW scales every entry of a step by itself. A weight matrix acts along directions, not entries,
+and most of a gradient lies in a few of them; Muon steps equally far in all. torch.optim.Muon is the
+same rule, in bf16 and one matrix at a time: on a CPU that took half as long as the forward and the
+backward pass of our small networks together (results/speed). Here matrices of one shape go through
+the iteration together, in fp32 on a CPU.
 """
 import torch
 from torch import Tensor
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """The matrices of g (n, rows, columns) with their singular values s replaced by about 1 (0.68 to 1.13
-    where s is at least a hundredth of the matrix's norm).
+    """The matrices of g (n, rows, columns) with their singular values s replaced by about 1 (0.68
+    to 1.13 where s is at least a hundredth of the matrix's norm).
 
-    Newton-Schulz: X <- a X + b (X X') X + c (X X')^2 X maps every s to a s + b s^3 + c s^5 and keeps the directions. The
-    coefficients are those of K. Jordan (2024), which lift small s fastest. bf16 on CUDA, fp32 elsewhere.
+    Newton-Schulz: X <- a X + b (X X') X + c (X X')^2 X maps every s to a s + b s^3 + c s^5 and
+    keeps the directions. The coefficients are those of K. Jordan (2024), which lift small s
+    fastest. bf16 on CUDA, fp32 elsewhere.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = g.shape[1] <= g.shape[2]
-    x = g if wide else g.mT                                                     # the smaller Gram matrix
+    x = g if wide else g.mT                                             # the smaller Gram matrix
     x = x.to(torch.bfloat16 if g.is_cuda else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)                    # now s <= 1
     for _ in range(steps):
@@ -28,10 +30,12 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, for parameters with two dimensions; decoupled weight decay.
+    """Nesterov momentum, orthogonalised, for parameters with two dimensions; decoupled weight
+    decay.
 
-    A step of an orthogonal matrix with r rows and c columns has entries of root-mean-square 1 / sqrt(max(r, c)); it is
-    scaled to 0.2, about that of an AdamW step, so that both take one learning rate (Moonlight, arXiv 2502.16982).
+    A step of an orthogonal matrix with r rows and c columns has entries of root-mean-square
+    1 / sqrt(max(r, c)); it is scaled to 0.2, about that of an AdamW step, so that both take one
+    learning rate (Moonlight, arXiv 2502.16982).
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -47,10 +51,12 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
                 for p in params:
-                    if p not in self.state:  # named as torch's, whose checkpoints can then be resumed
+                    if p not in self.state:  # named as torch's, to resume its checkpoints
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                grads, slow = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params]
+                slow = [self.state[p]["momentum_buffer"] for p in params]
                 torch._foreach_lerp_(slow, grads, 1 - momentum)
                 steps = orthogonalize(torch.stack(torch._foreach_lerp(grads, slow, momentum)))
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, list(steps.unbind()), alpha=-lr * 0.2 * max(shape) ** 0.5)
+                torch._foreach_add_(params, list(steps.unbind()),
+                                    alpha=-lr * 0.2 * max(shape) ** 0.5)

@@ -1,11 +1,12 @@
-"""Supervised Memory Training (Eq. 2-5): train encoder, decoder and RNN together, without recurrence.
+"""Supervised Memory Training (Eq. 2-5): encoder, decoder and RNN learn together, nothing recurs.
 
-    python smt.py                                   # glyphs: nothing to download, 5 minutes on a laptop
+    python smt.py                                   # glyphs: nothing to download, 5 minutes
     python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
     python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
 
-One step: the encoder makes the memories of a few short runs of consecutive times, the decoder predicts the future
-from each of them, and the RNN learns the transition inside each run. Nothing is unrolled. Writes runs/smt-<dataset>.
+One step: the encoder makes the memories of a few short runs of consecutive times, the decoder
+predicts the future from each of them, and the RNN learns the transition inside each run. Writes
+runs/smt-<dataset>.
 """
 from dataclasses import dataclass
 
@@ -37,16 +38,18 @@ class Config(flags.Config):
 
 
 def sample_times(T: int, runs: int, run_len: int, gen: torch.Generator) -> Tensor:
-    """Runs of consecutive times, (runs, run_len) int64 on the CPU. Starts may fall before 0 or late and are
-    pushed inside: the first and the last time come up as often as those in the middle, their neighbours up to twice."""
+    """Runs of consecutive times, (runs, run_len) int64 on the CPU. Starts may fall before 0 or late
+    and are pushed inside: the first and the last time come up as often as those in the middle,
+    their neighbours up to twice."""
     run_len = min(run_len, T)
     start = torch.randint(1 - run_len, T, (runs, 1), generator=gen).clamp(0, T - run_len)
     return start + torch.arange(run_len)
 
 
 def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
-    """L_unif, Eq. 4, on at most 512 memory tokens: log of the mean of exp(-2 |a - b|^2) over all pairs of
-    different tokens, scaled to unit length. m (..., d) -> scalar; 0 when all are equal, lower when spread."""
+    """L_unif, Eq. 4, on at most 512 memory tokens: log of the mean of exp(-2 |a - b|^2) over all
+    pairs of different tokens, scaled to unit length. m (..., d) -> scalar; 0 when all are equal,
+    lower when spread."""
     m = m.flatten(0, -2)
     pick = torch.randint(len(m), (min(most, len(m)),), generator=gen).to(m.device)
     unit = F.normalize(m[pick].float(), dim=-1)
@@ -55,40 +58,46 @@ def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
     return torch.logsumexp(-2 * distance.flatten(), 0) - (~same).sum().clamp(min=1).log()
 
 
-def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor, times: Tensor, cfg: Config,
-              gen: torch.Generator) -> dict[str, Tensor]:
-    """Eq. 2-5 on x, y (B, T) int64 at `times` (runs, run_len) int64 -> named scalars; "loss" is Eq. 5."""
+def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor, times: Tensor,
+              cfg: Config, gen: torch.Generator) -> dict[str, Tensor]:
+    """Eq. 2-5 on x, y (B, T) int64 at `times` (runs, run_len) int64 -> named scalars; "loss" is
+    Eq. 5."""
     flat, dev = times.flatten(), x.device
     m = encoder(x, flat)                                                        # (B, n, K, d)
     B, n = m.shape[:2]
 
-    # L_dyn, Eq. 3: (m_{t-1}, x_t) -> m_t inside each run. With probability `chain` the next input is what the RNN
-    # itself just made, without its graph: it learns to correct its errors. Such pairs do not pull at the encoder.
-    label = (m.detach() if cfg.detach_rnn else m).unflatten(1, times.shape).unbind(2)  # run_len x (B, runs, K, d)
+    # L_dyn, Eq. 3: (m_{t-1}, x_t) -> m_t inside each run. With probability `chain` the next input
+    # is what the RNN itself just made, without its graph: it learns to correct its errors. Such
+    # pairs do not pull at the encoder.
+    label = m.detach() if cfg.detach_rnn else m
+    label = label.unflatten(1, times.shape).unbind(2)                   # run_len x (B, runs, K, d)
     coins = lambda p, *shape: (torch.rand(*shape, 1, 1, generator=gen) < p).to(dev)
     before, own = label[0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev)
     made, errors = [before], []
     for i in range(1, times.shape[1]):
         now = times[:, i].to(dev)                                               # (runs,)
-        made.append(rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B)).view_as(before))
+        new = rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B))
+        made.append(new.view_as(before))
         target = torch.where(own, label[i].detach(), label[i])
         errors.append((made[i].float() - target.float()).square().mean())
         own = coins(cfg.chain, B, len(times))
         before = torch.where(own, made[i].detach(), label[i])
     dyn = torch.stack(errors).mean()
 
-    # L_dec, Eq. 2: the memory predicts the future, and is all the decoder sees of the past. With probability
-    # `decode_own` it is the memory that the RNN has just made: its errors matter as far as they spoil predictions.
-    x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)                       # (B, n, Tf - 1), (B, n, Tf)
-    read = torch.where(coins(0 if cfg.detach_rnn else cfg.decode_own, B, n), torch.stack(made, 2).flatten(1, 2), m)
-    some = torch.rand(B, n, generator=gen).argsort(1)[:, :cfg.decode or n]      # which of the n each sequence decodes
+    # L_dec, Eq. 2: the memory predicts the future, and is all the decoder sees of the past. With
+    # probability `decode_own` it is the memory that the RNN has just made: its errors matter as far
+    # as they spoil predictions.
+    x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)               # (B, n, Tf - 1), (B, n, Tf)
+    read = torch.where(coins(0 if cfg.detach_rnn else cfg.decode_own, B, n),
+                       torch.stack(made, 2).flatten(1, 2), m)
+    some = torch.rand(B, n, generator=gen).argsort(1)[:, :cfg.decode or n]  # of the n, in each row
     b, i = torch.arange(B)[:, None].expand_as(some).flatten().to(dev), some.flatten().to(dev)
     logits = decoder(read[b, i], x_fut[b, i], flat.to(dev)[i])
     dec = cross_entropy(logits, y_fut[b, i])
 
     unif = uniformity(m, gen)                                                   # Eq. 4
     loss = cfg.lambda_dec * dec + cfg.lambda_dyn * dyn + cfg.lambda_unif * unif  # Eq. 5
-    spread = m.detach().float().var((0, 1), correction=0).mean()                # 0 when the memory has collapsed
+    spread = m.detach().float().var((0, 1), correction=0).mean()        # 0: memory has collapsed
     return dict(loss=loss, dec=dec, dyn=dyn, unif=unif, variance=spread)
 
 

@@ -1,5 +1,5 @@
-"""Pictures as sequences of pixels in raster order: `glyphs` (embedded), `mnist`, `sketchy`, `images` (any folder), and
-any dict of pictures.
+"""Pictures as sequences of pixels in raster order: `glyphs` (embedded), `mnist`, `sketchy`,
+`images` (any folder), and any dict of pictures.
 
     t    0     1     2     3     4     5            (a 2x3 image)
     x_t  BOS   s_0   s_1   s_2   s_3   s_4          the last pixel s_5 is never an input
@@ -22,17 +22,18 @@ from tqdm import tqdm
 from sources.files import (BAD_CONTENT, Data, DataError, cache_path, check, find_file, one_line,
                            written_whole)
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # any pictures
 
 def image_data(name, images, levels, device="cpu", about=""):
-    """A Data from uint8 pictures {"train", "val", "test": (N, H, W)} with values 0..levels-1; 0 is paper."""
+    """A Data from uint8 pictures {"train", "val", "test": (N, H, W)} with values 0..levels-1; 0 is
+    paper."""
     H, W = images["train"].shape[1:]
-    flat = {split: v.flatten(1).to(device) for split, v in images.items()}  # uint8: all of MNIST is 55 MB
+    flat = {split: v.flatten(1).to(device) for split, v in images.items()}  # uint8: MNIST is 55 MB
 
     def sequences(pixels):
         y = pixels.long()
-        x = torch.cat([torch.full_like(y[:, :1], levels), y[:, :-1]], 1)  # BOS, then all but the last pixel
+        x = torch.cat([torch.full_like(y[:, :1], levels), y[:, :-1]], 1)  # BOS s_0 .. s_{T-2}
         return x, y
 
     def batch(n, generator):
@@ -44,26 +45,27 @@ def image_data(name, images, levels, device="cpu", about=""):
         x, y = sequences(flat[split][:n])
         return dict(x=x, y=y, clean=None, posterior=None)
 
+    sizes = ", ".join(f"{len(v):,} {split}" for split, v in images.items()) + " images"
     return Data(name, T=H * W, vocab=levels + 1, n_out=levels, units="nats/image", timestamps=True,
-                image=(H, W), batch=batch, held_out=held_out, about=about,
-                sizes=", ".join(f"{len(v):,} {split}" for split, v in images.items()) + " images")
+                image=(H, W), batch=batch, held_out=held_out, about=about, sizes=sizes)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # glyphs
 
-# Of matplotlib's fonts, and how much each is fattened: at 12x12 a hairline would fall between the pixels.
-# Left out: the boldest, whose 8 and 9 close up at this size, and the one with a dotted 0, which would be an 8.
+# Of matplotlib's fonts, and how much each is fattened: at 12x12 a hairline would fall between the
+# pixels. Left out: the boldest, whose 8 and 9 close up at this size, and the one with a dotted 0,
+# which would be an 8.
 FONTS = {"DejaVuSans": 2, "DejaVuSerif": 2, "STIXGeneralBol": 1}
 GLYPH_COUNT = dict(train=20_000, val=1_000, test=2_000)
-GLYPH_SEED = dict(train=101, val=102, test=103)  # fixed: the three sets are part of the task's definition
+GLYPH_SEED = dict(train=101, val=102, test=103)  # fixed: the sets are part of the task
 MASTER = 64       # side of the picture that each (font, character) is drawn in once,
 MASTER_INK = 50   # and the side of the box in its middle that the character just fits into
-INK = 0.45        # a pixel is ink when this share of it is covered; lower thickens, higher breaks thin strokes
+INK = 0.45        # a pixel is ink when this share of it is covered; higher breaks thin strokes
 
 
 def glyph_masters(glyphs):
-    """One grey picture for each font and character: (len(FONTS) * len(glyphs), 1, 64, 64), 1 = ink."""
+    """One grey picture for each font and character: (fonts * glyphs, 1, 64, 64), 1 = ink."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
     from PIL import Image, ImageDraw, ImageFont
@@ -82,7 +84,8 @@ def glyph_masters(glyphs):
                 continue  # a space
             ink = large.crop(box)
             ratio = MASTER_INK / max(ink.size)
-            ink = ink.resize([max(1, round(side * ratio)) for side in ink.size], Image.Resampling.BOX)
+            size = [max(1, round(side * ratio)) for side in ink.size]
+            ink = ink.resize(size, Image.Resampling.BOX)
             picture = Image.new("L", (MASTER, MASTER))
             picture.paste(ink, ((MASTER - ink.width) // 2, (MASTER - ink.height) // 2))
             masters.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8))
@@ -95,8 +98,9 @@ def glyph_masters(glyphs):
 
 @functools.lru_cache(maxsize=2)  # a process that loads the task again does not draw it again
 def glyph_images(image_size, glyphs, jitter):
-    """{"train", "val", "test"}: uint8 (N, size, size) in {0, 1}: a random master, rotated, scaled, sheared
-    and shifted at random. At jitter 0 the held-out pictures are all training pictures too."""
+    """{"train", "val", "test"}: uint8 (N, size, size) in {0, 1}: a random master, rotated, scaled,
+    sheared and shifted at random. At jitter 0 the held-out pictures are all training pictures
+    too."""
     check(8 <= image_size <= 64, "image_size", image_size, "between 8 and 64 for glyphs")
     check(len(glyphs) > 0, "glyphs", repr(glyphs), "at least one character")
     check(0 <= jitter <= 4, "jitter", jitter, "between 0 and 4")
@@ -104,34 +108,38 @@ def glyph_images(image_size, glyphs, jitter):
     fine = max(1, round(36 / image_size))  # each pixel is the mean of fine * fine points
 
     def draw(n, generator):
-        u = jitter * (2 * torch.rand(6, n, generator=generator) - 1)  # six uniform numbers a picture
+        u = jitter * (2 * torch.rand(6, n, generator=generator) - 1)  # six a picture
         angle, shear = 0.18 * u[0], 0.15 * u[1]                       # 0.18 rad is 10 degrees
         wide, high = torch.exp(0.12 * u[2]), torch.exp(0.10 * u[3])
-        shift = 0.12 * u[4:6]                                         # of half the side: 0.7 pixels at 12x12
-        # affine_grid wants the way back: where in the master (-1..1) a point of the picture comes from
+        shift = 0.12 * u[4:6]                                         # of half the side
+        # affine_grid wants the way back: where in the master (-1..1) a point comes from
         cos, sin = angle.cos(), angle.sin()
         theta = torch.stack([torch.stack([cos / wide, (sin + shear) / wide, shift[0]], -1),
-                             torch.stack([-sin / high, cos / high, shift[1]], -1)], 1)
+                             torch.stack([-sin / high, cos / high, shift[1]], -1)], 1)  # (n, 2, 3)
         which = torch.randint(len(masters), (n,), generator=generator)
-        grid = F.affine_grid(theta, (n, 1, image_size * fine, image_size * fine), align_corners=False)
-        covered = F.avg_pool2d(F.grid_sample(masters[which], grid, align_corners=False), fine)
+        size = (n, 1, image_size * fine, image_size * fine)
+        points = F.affine_grid(theta, size, align_corners=False)
+        covered = F.avg_pool2d(F.grid_sample(masters[which], points, align_corners=False), fine)
         return (covered[:, 0] >= INK).to(torch.uint8)
 
     images = {}
     for split, count in GLYPH_COUNT.items():
         generator = torch.Generator().manual_seed(GLYPH_SEED[split])
-        images[split] = torch.cat([draw(500, generator) for _ in range(count // 500)])  # 500: little memory
+        parts = [draw(500, generator) for _ in range(count // 500)]  # 500: little memory
+        images[split] = torch.cat(parts)
     return images
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # mnist
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
            "https://storage.googleapis.com/cvdf-datasets/mnist/")
 MNIST_FILES = {  # bytes and sha256 of the published files; only downloads are held to them
-    "train-images-idx3-ubyte.gz": (9_912_422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-    "t10k-images-idx3-ubyte.gz": (1_648_877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+    "train-images-idx3-ubyte.gz":
+        (9_912_422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+    "t10k-images-idx3-ubyte.gz":
+        (1_648_877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
 }
 MNIST_VAL = 5_000                               # the last training images are the validation split
 STATIC_SEED = dict(train=2008, test=2009)       # of the one Bernoulli draw behind --binarize static
@@ -142,14 +150,16 @@ def mnist_images(data_dir, image_size, levels, binarize):
     check(image_size in (14, 28), "image_size", image_size, "28 or 14 for mnist")
     check(levels in (2, 256), "levels", levels, "2 or 256")
     check(binarize in (None, "static", "threshold"), "binarize", binarize, "static or threshold")
-    check(levels == 2 or binarize is None, "binarize", binarize, "left out with --levels 256, which keeps the greys")
+    check(levels == 2 or binarize is None, "binarize", binarize,
+          "left out with --levels 256, which keeps the greys")
     binarize = binarize or ("static" if image_size == 28 else "threshold")
 
-    paths = [find_file(data_dir, "mnist", name, MIRRORS, *known) for name, known in MNIST_FILES.items()]
+    paths = [find_file(data_dir, "mnist", name, MIRRORS, *known)
+             for name, known in MNIST_FILES.items()]
     split = {}
     for key, path in zip(("train", "test"), paths):
         grey = read_idx(path)
-        if image_size == 14:  # mean of 2x2 pixels, halves rounded up, so that the threshold below stays exact
+        if image_size == 14:  # mean of 2x2 pixels; halves go up: the threshold below stays exact
             grey = F.avg_pool2d(grey.float(), 2).add_(0.5).floor_().to(torch.uint8)
         if levels == 2 and binarize == "threshold":
             grey = (grey >= 128).to(torch.uint8)  # at least half of full scale
@@ -161,13 +171,15 @@ def mnist_images(data_dir, image_size, levels, binarize):
                 images.copy_(images > r)
         split[key] = grey
     if len(split["train"]) <= MNIST_VAL:
-        raise DataError(f"{paths[0]}: {len(split['train'])} images, too few: the last {MNIST_VAL} validate")
-    return dict(train=split["train"][:-MNIST_VAL], val=split["train"][-MNIST_VAL:], test=split["test"])
+        raise DataError(f"{paths[0]}: {len(split['train'])} images, too few: "
+                        f"the last {MNIST_VAL} validate")
+    return dict(train=split["train"][:-MNIST_VAL], val=split["train"][-MNIST_VAL:],
+                test=split["test"])
 
 
 def read_idx(path):
-    """An IDX file of 28x28 images, plain or gzipped. Header, big-endian: magic (0, 0, 8 = uint8, 3 = number
-    of dimensions), then the three dimensions."""
+    """An IDX file of 28x28 images, plain or gzipped. Header, big-endian: magic (0, 0, 8 = uint8,
+    3 = number of dimensions), then the three dimensions."""
     try:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"\x1f\x8b"
@@ -180,29 +192,34 @@ def read_idx(path):
                 raise ValueError(f"{n} images of {h}x{w} instead of 28x28")
             body = f.read(n * h * w + 1)  # one more, to notice a longer file
         if len(body) != n * h * w:
-            raise ValueError(f"{'more' if len(body) > n * h * w else 'fewer'} bytes than its {n} images need")
+            which = "more" if len(body) > n * h * w else "fewer"
+            raise ValueError(f"{which} bytes than its {n} images need")
     except BAD_CONTENT as e:
-        raise DataError(f"{path}: {one_line(e)}; put the MNIST file there, or delete it to have it downloaded")
+        raise DataError(f"{path}: {one_line(e)}; put the MNIST file there, or delete it to have it "
+                        "downloaded")
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(n, h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # sketchy and images: folders of pictures
 
 KINDS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 STROKE = 0.25                # a pixel is ink when this share of it is black; thin strokes survive
 LARGEST = 20_000_000         # pixels of a picture
 SHARE = dict(val=5, test=10) # per cent of the groups; the rest trains
-SKETCHY = ("sketchy", "256x256/sketch/tx_000000000000", "sketch/png", "sketchy/256x256/sketch/tx_000000000000", "")
+SKETCHY = ("sketchy", "256x256/sketch/tx_000000000000", "sketch/png",
+           "sketchy/256x256/sketch/tx_000000000000", "")
 
 
 def folder_images(name, data_dir, image_size):
-    """{"train", "val", "test"}: uint8 (N, size, size), 1 = ink. All sketches of one photo are in the same split."""
+    """{"train", "val", "test"}: uint8 (N, size, size), 1 = ink. All sketches of one photo are in
+    the same split."""
     check(8 <= image_size <= 128, "image_size", image_size, f"between 8 and 128 for {name}")
     folder, paths = sketchy_files(data_dir) if name == "sketchy" else picture_files(data_dir)
     stats = [path.stat() for path in paths if path.is_file()]
     cache = cache_path(folder, ".npz", name, image_size, [str(path) for path in paths],
-                       max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats))
+                       max((s.st_mtime_ns for s in stats), default=0),
+                       sum(s.st_size for s in stats))
     packed = read_cache(cache, image_size)
     if packed is None:
         packed = pack_pictures(folder, paths, image_size, by_photo=name == "sketchy")
@@ -214,7 +231,8 @@ def folder_images(name, data_dir, image_size):
         pixels = np.unpackbits(bits[split == i], axis=1, count=image_size ** 2)
         images[key] = torch.from_numpy(pixels).view(-1, image_size, image_size)
         if len(pixels) == 0:
-            raise DataError(f"{folder}: {len(bits)} pictures are too few, none fell into the {key} split; add more")
+            raise DataError(f"{folder}: {len(bits)} pictures are too few, none fell into the {key} "
+                            "split; add more")
     return images
 
 
@@ -231,14 +249,17 @@ def sketchy_files(data_dir):
     for folder in (Path(data_dir, sub) for sub in SKETCHY):
         if paths := sorted(folder.glob("*/*.png")):
             return folder, paths
-    raise DataError(f"{Path(data_dir, SKETCHY[0])}: missing; get the archive of the Sketchy Database from "
-                    "http://sketchy.eye.gatech.edu and unpack it there, or name its folder with --data_dir")
+    raise DataError(f"{Path(data_dir, SKETCHY[0])}: missing; get the archive of the Sketchy "
+                    "Database from http://sketchy.eye.gatech.edu and unpack it there, or name its "
+                    "folder with --data_dir")
 
 
 def pack_pictures(folder, paths, size, by_photo):
-    """(bits (N, bytes), split (N,) with 0, 1, 2 = train, val, test) of the pictures that can be read."""
+    """(bits (N, bytes), split (N,) with 0, 1, 2 = train, val, test) of the pictures that can be
+    read."""
     bits, split, skipped = [], [], []
-    for path in tqdm(paths, desc=f"reading {folder.name}", unit="image", disable=not sys.stderr.isatty()):
+    for path in tqdm(paths, desc=f"reading {folder.name}", unit="image",
+                     disable=not sys.stderr.isatty()):
         try:
             bits.append(np.packbits(read_ink(path, size)))
         except Exception:  # a broken picture raises a dozen types in Pillow
@@ -250,15 +271,17 @@ def pack_pictures(folder, paths, size, by_photo):
         u = int(hashlib.sha1(os.fsencode(group.as_posix())).hexdigest()[:8], 16) % 100
         split.append(1 if u < SHARE["val"] else 2 if u < SHARE["val"] + SHARE["test"] else 0)
     if skipped:
-        print(f"{folder}: skipped {len(skipped)} of {len(paths)}, which cannot be read as pictures: "
-              + ", ".join(skipped[:3]) + (" .." if len(skipped) > 3 else ""), file=sys.stderr)
+        some = ", ".join(skipped[:3]) + (" .." if len(skipped) > 3 else "")
+        print(f"{folder}: skipped {len(skipped)} of {len(paths)}, which cannot be read as "
+              f"pictures: {some}", file=sys.stderr)
     if not bits:
         raise DataError(f"{folder}: none of the {len(paths)} pictures can be read")
     return np.stack(bits), np.array(split, np.uint8)
 
 
 def read_ink(path, size):
-    """A picture as uint8 (size, size), 1 = ink; shrunk to fit, on white. Raises whatever Pillow raises."""
+    """A picture as uint8 (size, size), 1 = ink; shrunk to fit, on white. Raises whatever Pillow
+    raises."""
     from PIL import Image
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about large pictures, which are refused here
@@ -269,13 +292,15 @@ def read_ink(path, size):
                 grey = Image.fromarray(np.asarray(picture, np.float32) / 257)
             else:
                 colour = picture.convert("RGBA")
-                grey = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("L")
+                white = Image.new("RGBA", colour.size, "white")
+                grey = Image.alpha_composite(white, colour).convert("L")
     ink = Image.fromarray(255 - np.asarray(grey, np.float32))
     shrink = size / max(ink.size)
     ink = ink.resize([max(1, round(side * shrink)) for side in ink.size], Image.Resampling.BOX)
     page = Image.new("F", (size, size))
     page.paste(ink, ((size - ink.width) // 2, (size - ink.height) // 2))
-    return (np.asarray(page) >= 255 * STROKE - 1e-3).astype(np.uint8)  # a quarter is ink in spite of rounding
+    # 1e-3: a quarter is ink in spite of rounding
+    return (np.asarray(page) >= 255 * STROKE - 1e-3).astype(np.uint8)
 
 
 def read_cache(path, size):
@@ -283,10 +308,10 @@ def read_cache(path, size):
     try:
         with np.load(path, allow_pickle=False) as z:
             bits, split = z["bits"], z["split"]
-    except Exception:  # not there, cut, not a zip, another array: numpy and zipfile raise half a dozen types
+    except Exception:  # not there, cut, not a zip, another array: numpy raises half a dozen types
         return None
-    fits = bits.dtype == split.dtype == np.uint8 and split.ndim == 1 and len(split) > 0 and split.max() <= 2 \
-        and bits.shape == (len(split), -(-size * size // 8))
+    fits = bits.dtype == split.dtype == np.uint8 and split.ndim == 1 and len(split) > 0 \
+        and split.max() <= 2 and bits.shape == (len(split), -(-size * size // 8))
     return (bits, split) if fits else None
 
 
@@ -297,7 +322,7 @@ def grid(images, columns, zoom=3):
     """(n, H, W) in 0..1, 1 = ink -> one uint8 page, dark ink on white, `columns` images a row."""
     n, H, W = images.shape
     rows = -(-n // columns)
-    page = np.full((rows * (H + 2), columns * (W + 2)), 225, dtype=np.uint8)  # 225: pale grey frames
+    page = np.full((rows * (H + 2), columns * (W + 2)), 225, dtype=np.uint8)  # pale grey frames
     for i, image in enumerate(images):
         top, left = i // columns * (H + 2) + 1, i % columns * (W + 2) + 1
         page[top:top + H, left:left + W] = 255 - np.rint(image * 255)

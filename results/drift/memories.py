@@ -1,11 +1,12 @@
-"""Has the memory collapsed? What the encoder's memories look like, and how well the RNN follows them.
+"""Has the memory collapsed? What the encoder's memories look like, and how the RNN follows them.
 
     python results/drift/memories.py runs/smt-mnist/ckpt.pt ..
 
-One line a checkpoint, on 32 validation sequences and all times: the variance of a memory's entries over time within a
-sequence; that over sequences at one time, which no clock explains and which is near 0 when nothing but the time is held;
-L_unif of the memory tokens; the effective rank of whole memories, exp(entropy of the normalised squared singular values);
-and what the run's own validation said.
+One line a checkpoint, on 32 validation sequences and all times: the variance of a memory's entries
+over time within a sequence; that over sequences at one time, which no clock explains and which is
+near 0 when nothing but the time is held; L_unif of the memory tokens; the effective rank of whole
+memories, exp(entropy of the normalised squared singular values); and what the run's own validation
+said.
 """
 import os
 import sys
@@ -15,7 +16,6 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import flags  # noqa: E402
 import smt  # noqa: E402
-import trainer  # noqa: E402
 from console import cli, fail  # noqa: E402
 from model import build  # noqa: E402
 
@@ -24,21 +24,24 @@ from model import build  # noqa: E402
 def describe(path: str, n: int = 32) -> dict[str, float]:
     ckpt = flags.open_checkpoint(path)
     encoder, = build(ckpt, "encoder")
-    task = flags.load_data(ckpt["config"] | flags.data_places({}, ckpt["config"]), "cpu", ckpt)
+    config = ckpt["config"] | flags.data_places({}, ckpt["config"])
+    task = flags.load_data(config, "cpu", ckpt)
     x = task.held_out("val", n)["x"]
-    m = encoder(x, torch.arange(task.T))                                        # (n, T, K, d)
+    m = encoder(x, torch.arange(task.T))                                # (n, T, K, d)
     gen = torch.Generator().manual_seed(0)
     flat = m.flatten(0, 1).flatten(1)
     s = torch.linalg.svdvals(flat - flat.mean(0)).square()
     s = s / s.sum()
+    rank = torch.exp(-(s * s.clamp(min=1e-12).log()).sum())
     return dict(time=m.var(1, correction=0).mean(), sequences=m.var(0, correction=0).mean(),
-                unif=smt.uniformity(m, gen, 2048), rank=torch.exp(-(s * s.clamp(min=1e-12).log()).sum())) | ckpt["metrics"]
+                unif=smt.uniformity(m, gen, 2048), rank=rank) | ckpt["metrics"]
 
 
 def main(argv: list[str]) -> None:
     if not argv:
         fail("no checkpoint is given; name some of smt.py or dmt.py")
-    columns = ("time", "sequences", "unif", "rank", "teacher", "one_step", "rollout", "drift", "one_step_drift")
+    columns = ("time", "sequences", "unif", "rank", "teacher", "one_step", "rollout", "drift",
+               "one_step_drift")
     print(" ".join(f"{c:>14}" for c in columns))
     for path in argv:
         got = describe(path)

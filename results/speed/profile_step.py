@@ -2,8 +2,9 @@
 
     python results/speed/profile_step.py            # laptop sizes, MNIST 14x14, one thread
 
-Prints, for a step of SMT, a round of DMT and a step of BPTT, the share of time in matrix products, attention and the rest
-(element-wise work, copies, overhead), and the rate of the matrix products beside that of one large product.
+Prints, for a step of SMT, a round of DMT and a step of BPTT, the share of time in matrix products,
+attention and the rest (element-wise work, copies, overhead), and the rate of the matrix products
+beside that of one large product.
 """
 import os
 import sys
@@ -18,7 +19,8 @@ from console import cli  # noqa: E402
 
 
 def shares(step, repeat: int) -> tuple[dict[str, float], float]:
-    """Kind of operation -> milliseconds a step; and floating-point operations a second within matrix products."""
+    """Kind of operation -> milliseconds a step; and floating-point operations a second within
+    matrix products."""
     step()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as p:
         for _ in range(repeat):
@@ -38,11 +40,12 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     b = bench.Bench("laptop", "mnist", "cpu", flags.Config.data_dir)
     print(f"large matrix product: {bench.matmul_rate('cpu') / 1e9:.0f} GFLOP/s")
-    for name, step, repeat in (("SMT, a step", b.smt_ours, 8), ("DMT, a round", b.dmt_ours, 3), ("BPTT, a step", b.bptt, 3)):
+    for name, step, repeat in (("SMT, a step", b.smt_ours, 8), ("DMT, a round", b.dmt_ours, 3),
+                               ("BPTT, a step", b.bptt, 3)):
         spent, rate = shares(step, repeat)
         total = sum(spent.values())
-        print(f"{name}: {total:.0f} ms | " + " | ".join(f"{k} {v / total:.0%}" for k, v in
-                                                      sorted(spent.items(), key=lambda kv: -kv[1])) +
+        kinds = sorted(spent.items(), key=lambda kv: -kv[1])
+        print(f"{name}: {total:.0f} ms | " + " | ".join(f"{k} {v / total:.0%}" for k, v in kinds) +
               f" | matrix products at {rate / 1e9:.0f} GFLOP/s")
 
 

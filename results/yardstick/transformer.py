@@ -1,10 +1,10 @@
-"""An outside yardstick: a plain causal Transformer of the teacher's size, trained by next-token loss.
+"""An outside yardstick: a plain causal Transformer of the teacher's size and next-token loss.
 
     python results/yardstick/transformer.py --dataset mnist
 
-It is the Decoder without memory, with the layers of encoder and decoder together. It reads its whole past again at
-every step, so it is no RNN; it says what the data allow. evaluate.py reports it in the column "teacher". Writes
-runs/transformer-<dataset>.
+It is the Decoder without memory, with the layers of encoder and decoder together. It reads its
+whole past again at every step, so it is no RNN; it says what the data allow. evaluate.py reports it
+in the column "teacher". Writes runs/transformer-<dataset>.
 """
 import dataclasses
 import os
@@ -31,7 +31,7 @@ def recipe(preset: str, kinds: tuple) -> dict:
 
 def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Next-token cross-entropy of x, y (B, T) int64."""
-    nothing = torch.empty(len(x), 0, decoder.c.d_model, device=x.device)       # K = 0: no memory to read
+    nothing = torch.empty(len(x), 0, decoder.c.d_model, device=x.device)        # K = 0: no memory
     return dict(loss=cross_entropy(decoder(nothing, x, x.new_full((len(x),), -1)), y))
 
 
