@@ -179,7 +179,7 @@ def main(argv) -> None:
     p = parser("bench.py", __doc__)
     p.add_argument("--preset", choices=presets.PRESETS, default="laptop",
                    help="sizes of networks and batches (default: %(default)s)")
-    p.add_argument("--dataset", default="mnist", help="(default: %(default)s)",
+    p.add_argument("--dataset", default="mnist", metavar="str", help="(default: %(default)s)",
                    choices=[d for d in datasets.OPTIONS if d not in ("text", "images")])
     p.add_argument("--data_dir", default=flags.Config.data_dir, help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="(default: %(default)s)")

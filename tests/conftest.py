@@ -1,6 +1,8 @@
-"""What all tests share: imports from anywhere, one thread, a command line in process, one tiny trained model."""
+"""What all tests share: imports from anywhere, one thread, a command line in process, one tiny
+trained model."""
 import importlib
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = str(ROOT), str(ROOT / "results" / "yardstick")
 torch.set_num_threads(1)
 
 import console  # noqa: E402
@@ -32,25 +34,31 @@ def run_command(monkeypatch, capsys, line):
     argv = shlex.split(line)
     monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
-    code = 0
+    code, handlers = 0, [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
         console.cli(importlib.import_module(argv[0].removesuffix(".py")).main)
     except SystemExit as e:
         code = e.code or 0
+    finally:
+        for handler in handlers:  # a run that breaks in this process keeps its own
+            signal.signal(*handler)
     return code, *capsys.readouterr()
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command("smt.py --steps 3") -> (exit code, stdout, stderr); {TINY}, {RUN} and friends are filled in."""
+    """command("smt.py --steps 3") -> (exit code, stdout, stderr); {TINY}, {RUN} and friends are
+    filled in."""
     words = dict(TASK=TASK, SIZES=SIZES, RUN=RUN, TINY=f"{TASK} {SIZES} {RUN}")
     return lambda line, **more: run_command(monkeypatch, capsys, line.format(**words | more))
 
 
 @pytest.fixture(scope="session")
 def tiny_smt(tmp_path_factory):
-    """Path of the checkpoint of a tiny SMT run on retrieval: good for trying things, not for results."""
+    """Path of the checkpoint of a tiny SMT run on retrieval: good for trying things, not for
+    results."""
     out_dir = tmp_path_factory.mktemp("tiny") / "smt"
     importlib.import_module("smt").main(
-        f"{TASK} {SIZES} {RUN} --steps 6 --lr 0.02 --warmup 0 --eval_every 0".split() + ["--out_dir", str(out_dir)])
+        f"{TASK} {SIZES} {RUN} --steps 6 --lr 0.02 --warmup 0 --eval_every 0".split()
+        + ["--out_dir", str(out_dir)])
     return out_dir / "ckpt.pt"

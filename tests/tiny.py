@@ -1,15 +1,23 @@
-"""Tiny networks for the lessons: every size different, so that a swapped axis cannot go unnoticed."""
+"""Tiny networks for the lessons: every size different, so that a swapped axis cannot go
+unnoticed."""
 import torch
 
+import flags
 from model import RNN, Decoder, Encoder, ModelConfig
 
 B, T, K, D, V = 3, 11, 2, 12, 5  # BOS = V: inputs 0..V, outputs 0..V-1
 
 
 def config(**changes) -> ModelConfig:
-    base = dict(vocab=V + 1, n_out=V, T=T, d_model=D, n_heads=3, mem_tokens=K, enc_layers=2, dec_layers=2, rnn_layers=1,
+    base = dict(vocab=V + 1, n_out=V, T=T, d_model=D, n_heads=3, mem_tokens=K, enc_layers=2,
+                dec_layers=2, rnn_layers=1,
                 ctx_len=T, fut_len=4)
     return ModelConfig(**base | changes)
+
+
+def recipe(script, **changes):
+    """The Config of smt, dmt or bptt that the laptop's recipe gives, with changes."""
+    return flags.config(script.__name__, script.Config, **changes)
 
 
 def networks(seed: int = 0, **changes):

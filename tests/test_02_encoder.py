@@ -1,4 +1,5 @@
-"""Lesson: the label m_t is a function of x_0 .. x_t, and one causal pass gives the labels of many times."""
+"""Lesson: the label m_t is a function of x_0 .. x_t, and one causal pass gives the labels of many
+times."""
 import pytest
 import torch
 from tiny import B, D, K, T, V, config, networks, sequences
@@ -33,7 +34,8 @@ def test_many_times_in_one_pass_equal_each_time_alone():
 
 
 def test_chunks_agree_with_one_dense_mask():
-    """Token pass and register pass together are one Transformer over [tokens, groups] with a (T + nK)^2 mask."""
+    """Token pass and register pass together are one Transformer over [tokens, groups] with a (T +
+    nK)^2 mask."""
     encoder, _, _ = networks()
     x, _ = sequences()
     times = torch.tensor([0, 4, 4, 10])
@@ -46,7 +48,8 @@ def test_chunks_agree_with_one_dense_mask():
         rows = slice(T + g * K, T + g * K + K)
         mask[rows, :t + 1] = True
         mask[rows, rows] = True
-    h = torch.cat([encoder.event(x, torch.arange(T)), encoder.registers.repeat(n, 1).expand(B, -1, -1)], dim=1)
+    h = torch.cat([encoder.event(x, torch.arange(T)),
+                   encoder.registers.repeat(n, 1).expand(B, -1, -1)], dim=1)
     for block in encoder.blocks:
         h = block.mix(h, *block.qkv(h, rope(position, 4)), mask)
     assert torch.allclose(encoder(x, times), norm(h[:, T:]).view(B, n, K, D), atol=1e-5)
@@ -91,13 +94,16 @@ def test_attention_follows_positions_only_relatively():
 
 @pytest.mark.parametrize("kind", ["bidirectional", "causal"])
 def test_the_teacher_draws_from_what_it_predicts(kind, monkeypatch):
-    """Token by token, with keys and values kept, the teacher's logits are those of a fresh pass over the whole past."""
+    """Token by token, with keys and values kept, the teacher's logits are those of a fresh pass
+    over the whole past."""
     import sample
     encoder, decoder, _ = networks(encoder=kind)
     seen, choose = [], sample.pick
-    monkeypatch.setattr(sample, "pick", lambda logits, *a: seen.append(logits) or choose(logits, *a))
+    monkeypatch.setattr(sample, "pick", lambda logits,
+                        *a: seen.append(logits) or choose(logits, *a))
     out = sample.generate_teacher(encoder, decoder, 4, T, torch.Generator().manual_seed(0))
     x = torch.cat([torch.full((4, 1), encoder.c.vocab - 1), out[:, :-1]], dim=1)
     with torch.no_grad():
-        fresh = torch.cat([decoder(encoder(x[:, :t + 1], torch.tensor([t]))[:, 0]) for t in range(T)], dim=1)
+        fresh = torch.cat([decoder(encoder(x[:, :t + 1], torch.tensor([t]))[:, 0])
+                           for t in range(T)], dim=1)
     assert torch.allclose(torch.stack(seen, 1), fresh, atol=1e-4)

@@ -1,7 +1,8 @@
 """
-Lesson: what the model is asked. x starts with BOS and lags y by one step, so nothing can be read off its own
-target; held-out sequences never change and never train; where a task knows its Bayes optimum, that is exact;
-and a broken file or option is refused in one line, with nothing half-written left behind.
+Lesson: what the model is asked. x starts with BOS and lags y by one step, so nothing can be read
+off its own target; held-out sequences never change and never train; where a task knows its Bayes
+optimum, that is exact; and a broken file or option is refused in one line, with nothing
+half-written left behind.
 """
 import gzip
 import hashlib
@@ -33,12 +34,14 @@ def rng(seed=0):
 
 def idx_bytes(images, magic=0x803, dims=None):
     dims = dims or images.shape
-    return struct.pack(">I", magic) + struct.pack(f">{len(dims)}I", *dims) + images.numpy().tobytes()
+    return struct.pack(">I", magic) + struct.pack(f">{len(dims)}I",
+                                                  *dims) + images.numpy().tobytes()
 
 
 @pytest.fixture
 def fake_mnist(tmp_path, monkeypatch):
-    """A folder with two small MNIST files; the number of image i is written in its first two pixels."""
+    """A folder with two small MNIST files; the number of image i is written in its first two
+    pixels."""
     monkeypatch.setattr(pictures, "MNIST_VAL", 5)
     monkeypatch.setattr(pictures, "MIRRORS", ())
     for name, n in ((TRAIN, SMALL["train"] + 5), (TEST, SMALL["test"])):
@@ -49,10 +52,11 @@ def fake_mnist(tmp_path, monkeypatch):
     return tmp_path
 
 
-# --- the index convention --------------------------------------------------------------------------------
+# --- the index convention -------------------------------------------------------------------------
 
 def test_six_pixels_written_out():
-    """A 2x3 image becomes x = (BOS, s_0..s_4) and y = (s_0..s_5): the last pixel is never an input."""
+    """A 2x3 image becomes x = (BOS, s_0..s_4) and y = (s_0..s_5): the last pixel is never an
+    input."""
     picture = torch.tensor([[[0, 1, 1], [0, 0, 1]]], dtype=torch.uint8)
     d = pictures.image_data("toy", dict(train=picture, val=picture, test=picture), levels=2)
     h = d.held_out("test")
@@ -75,11 +79,12 @@ def test_every_sequence_starts_with_bos_and_stays_in_its_alphabet(name):
             assert pictures.shape == (32, *d.image) and pictures.min() == 0 and pictures.max() == 1
 
 
-# --- randomness ------------------------------------------------------------------------------------------
+# --- randomness -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["glyphs", "retrieval"])
 def test_the_generator_is_the_only_source_of_chance(name):
-    """Equal generators give equal batches whatever the global one does, and loading leaves that untouched."""
+    """Equal generators give equal batches whatever the global one does, and loading leaves that
+    untouched."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
     pictures.glyph_images.cache_clear()
@@ -93,7 +98,8 @@ def test_the_generator_is_the_only_source_of_chance(name):
     assert not torch.equal(a[0], b[0])
 
 
-@pytest.mark.parametrize("name,options", [("glyphs", {}), ("retrieval", dict(noise=0.3, length=20))])
+@pytest.mark.parametrize("name,options",
+                         [("glyphs", {}), ("retrieval", dict(noise=0.3, length=20))])
 def test_held_out_sets_never_change(name, options):
     """The first 10 of 100 are the 10, in every process, for every seed; validation is not test."""
     d = data.load(name, seed=0, **options)
@@ -106,7 +112,8 @@ def test_held_out_sets_never_change(name, options):
 
 
 def test_retrieval_prefix_holds_across_chunks():
-    """The sequences are made in chunks of 1,000 but the first n do not depend on how many are asked for."""
+    """The sequences are made in chunks of 1,000 but the first n do not depend on how many are asked
+    for."""
     d = data.load("retrieval", length=8)
     assert len(d.held_out("test")["x"]) == 1000
     assert torch.equal(d.held_out("test", 2500)["x"][:1001], d.held_out("test", 1001)["x"])
@@ -114,7 +121,7 @@ def test_retrieval_prefix_holds_across_chunks():
     assert not torch.equal(x[:1000], x[1000:])
 
 
-# --- glyphs ----------------------------------------------------------------------------------------------
+# --- glyphs ---------------------------------------------------------------------------------------
 
 def test_glyphs_are_many_shapes_of_few_characters():
     """Jitter makes most pictures new ones; without it a font and a character make one picture."""
@@ -130,10 +137,11 @@ def test_glyph_size_and_characters_are_options():
     """Another size, another alphabet, another task."""
     d = data.load("glyphs", image_size=8, glyphs="AB")
     assert d.T == 64 and d.image == (8, 8)
-    assert not torch.equal(d.held_out("val", 9)["y"], data.load("glyphs", image_size=8).held_out("val", 9)["y"])
+    assert not torch.equal(d.held_out("val", 9)["y"],
+                           data.load("glyphs", image_size=8).held_out("val", 9)["y"])
 
 
-# --- mnist -----------------------------------------------------------------------------------------------
+# --- mnist ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("folder", ["", "mnist"])
@@ -144,7 +152,8 @@ def test_mnist_is_found_where_the_user_put_it(fake_mnist, zipped, folder):
         plain = fake_mnist / name.removesuffix(".gz")
         raw = plain.read_bytes()
         plain.unlink()
-        (fake_mnist / folder / (name if zipped else plain.name)).write_bytes(gzip.compress(raw) if zipped else raw)
+        path = fake_mnist / folder / (name if zipped else plain.name)
+        path.write_bytes(gzip.compress(raw) if zipped else raw)
     d = data.load("mnist", fake_mnist, levels=256)
     assert (d.T, d.vocab, d.n_out) == (784, 257, 256)
     assert d.held_out("test")["y"][:, 0].tolist() == list(range(SMALL["test"]))
@@ -160,7 +169,8 @@ def test_mnist_splits_share_no_image(fake_mnist):
 
 
 def test_static_binarisation_is_one_fixed_draw_from_the_intensities(fake_mnist):
-    """The same picture in every load and for every seed, and ink appears with the grey value's probability."""
+    """The same picture in every load and for every seed, and ink appears with the grey value's
+    probability."""
     a, b = (data.load("mnist", fake_mnist, seed=s).held_out("test")["y"] for s in (0, 1))
     assert torch.equal(a, b) and set(a.unique().tolist()) == {0, 1}
     n = pictures.MNIST_VAL + 4_000
@@ -174,7 +184,8 @@ def test_static_binarisation_is_one_fixed_draw_from_the_intensities(fake_mnist):
 
 
 def test_14x14_is_the_mean_of_2x2_and_the_threshold_is_half(fake_mnist):
-    """Four pixels become their mean; at least half of full scale is ink; the defaults differ by size."""
+    """Four pixels become their mean; at least half of full scale is ink; the defaults differ by
+    size."""
     images = torch.zeros(30, 28, 28, dtype=torch.uint8)
     images[:, :2, 0:2] = torch.tensor([[255, 255], [0, 0]])  # mean 127.5: exactly half, ink
     images[:, :2, 2:4] = torch.tensor([[255, 254], [0, 0]])  # a little less: paper
@@ -182,10 +193,13 @@ def test_14x14_is_the_mean_of_2x2_and_the_threshold_is_half(fake_mnist):
         (fake_mnist / name.removesuffix(".gz")).write_bytes(idx_bytes(images))
     y = data.load("mnist", fake_mnist, image_size=14).held_out("test")["y"]
     assert y.shape == (30, 196) and y[0, :3].tolist() == [1, 0, 0]
-    assert data.load("mnist", fake_mnist, image_size=14, levels=256).held_out("test")["y"][0, :2].tolist() == [128, 127]
+    grey = data.load("mnist", fake_mnist, image_size=14, levels=256).held_out("test")["y"]
+    assert grey[0, :2].tolist() == [128, 127]
     by_default = data.load("mnist", fake_mnist).held_out("test")["y"]
-    assert torch.equal(by_default, data.load("mnist", fake_mnist, binarize="static").held_out("test")["y"])
-    assert torch.equal(y, data.load("mnist", fake_mnist, image_size=14, binarize="threshold").held_out("test")["y"])
+    assert torch.equal(by_default,
+                       data.load("mnist", fake_mnist, binarize="static").held_out("test")["y"])
+    assert torch.equal(y, data.load("mnist", fake_mnist, image_size=14,
+                                    binarize="threshold").held_out("test")["y"])
 
 
 PICTURES = torch.zeros(9, 28, 28, dtype=torch.uint8)
@@ -208,7 +222,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_file_is_refused_by_name(fake_mnist, what):
-    """Whatever is wrong with a file, the answer is one line that starts with its path; the file stays."""
+    """Whatever is wrong with a file, the answer is one line that starts with its path; the file
+    stays."""
     path = fake_mnist / TRAIN.removesuffix(".gz")
     path.write_bytes(BROKEN[what])
     with pytest.raises(DataError) as e:
@@ -221,7 +236,8 @@ def real_mnist():
     for folder in (os.environ.get("SMT_DATA_DIR"), Path(data.__file__).parent / "data"):
         for sub in ("", "mnist"):
             for suffix in ("", ".gz"):
-                if folder and all(Path(folder, sub, n.removesuffix(".gz") + suffix).is_file() for n in (TRAIN, TEST)):
+                if folder and all(Path(folder, sub, n.removesuffix(".gz") + suffix).is_file()
+                                  for n in (TRAIN, TEST)):
                     return folder
     return None
 
@@ -239,16 +255,18 @@ def test_the_real_mnist():
     assert x.shape == (64, 784) and 0.1 < y.float().mean() < 0.16
 
 
-# --- downloads, from a server on this machine ------------------------------------------------------------
+# --- downloads, from a server on this machine -----------------------------------------------------
 
 @pytest.fixture
 def mirrors(tmp_path, monkeypatch):
-    """Paths on a local server: /good/ serves the files, /short/ cuts them, /other/ serves other bytes of the
-    same length, /long/ more of them; anything else is 404. pictures.MIRRORS is for the test to set."""
+    """Paths on a local server: /good/ serves the files, /short/ cuts them, /other/ serves other
+    bytes of the same length, /long/ more of them; anything else is 404. pictures.MIRRORS is for the
+    test to set."""
     served = {}
     for name, n in ((TRAIN, 12), (TEST, 3)):
         served[name] = gzip.compress(idx_bytes(PICTURES[:1].repeat(n, 1, 1)), mtime=0)
-    monkeypatch.setattr(pictures, "MNIST_FILES", {k: (len(v), hashlib.sha256(v).hexdigest()) for k, v in served.items()})
+    monkeypatch.setattr(pictures, "MNIST_FILES",
+                        {k: (len(v), hashlib.sha256(v).hexdigest()) for k, v in served.items()})
     monkeypatch.setattr(pictures, "MNIST_VAL", 5)
     monkeypatch.setattr(files, "TIMEOUT", 5)
     monkeypatch.setenv("no_proxy", "*")
@@ -277,7 +295,8 @@ def mirrors(tmp_path, monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02),
+                     daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}/"
     yield lambda *kinds: monkeypatch.setattr(pictures, "MIRRORS", tuple(
         "http://127.0.0.1:9/" if kind == "dead" else f"{base}{kind}/" for kind in kinds)) or asked
@@ -295,11 +314,13 @@ def test_the_second_mirror_is_tried(tmp_path, mirrors, first):
     mirrors(first, "good")
     d = data.load("mnist", tmp_path)
     assert len(d.held_out("test")["x"]) == 3
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in leftovers(tmp_path)) == [f"mnist/{TEST}", f"mnist/{TRAIN}"]
+    assert sorted(p.relative_to(tmp_path).as_posix()
+                  for p in leftovers(tmp_path)) == [f"mnist/{TEST}", f"mnist/{TRAIN}"]
 
 
 def test_a_file_is_downloaded_once(tmp_path, mirrors):
-    """The second load asks nobody, and a file of the user's own is not held to the published hash."""
+    """The second load asks nobody, and a file of the user's own is not held to the published
+    hash."""
     asked = mirrors("good")
     own = tmp_path / TEST.removesuffix(".gz")
     own.write_bytes(idx_bytes(PICTURES))
@@ -308,16 +329,19 @@ def test_a_file_is_downloaded_once(tmp_path, mirrors):
     assert len(data.load("mnist", tmp_path).held_out("test")["x"]) == 9 and len(asked) == 1
 
 
-@pytest.mark.parametrize("kinds", [("dead",), ("gone",), ("short",), ("other",), ("long",), ("dead", "short", "other")])
+@pytest.mark.parametrize("kinds", [("dead",), ("gone",), ("short",), ("other",), ("long",),
+                                   ("dead", "short", "other")])
 def test_when_every_mirror_fails_nothing_is_left(tmp_path, mirrors, kinds):
-    """One line names the file, each address with its reason and the place to put it; no file remains."""
+    """One line names the file, each address with its reason and the place to put it; no file
+    remains."""
     mirrors(*kinds)
     with pytest.raises(DataError) as e:
         data.load("mnist", tmp_path)
     message = str(e.value)
     assert "\n" not in message and str(tmp_path / "mnist" / TRAIN) in message
     assert all(mirror + TRAIN in message for mirror in pictures.MIRRORS)
-    reasons = dict(dead="refused", gone="404", short="instead of", other="wrong sha256", long="instead of")
+    reasons = dict(dead="refused", gone="404", short="instead of", other="wrong sha256",
+                   long="instead of")
     assert all(reasons[kind] in message for kind in kinds)
     assert leftovers(tmp_path) == []
 
@@ -348,10 +372,11 @@ def test_a_data_dir_that_cannot_be_written_is_one_line(tmp_path, mirrors):
         data.load("mnist", tmp_path / "blocked")
 
 
-# --- retrieval -------------------------------------------------------------------------------------------
+# --- retrieval ------------------------------------------------------------------------------------
 
 def test_retrieval_asks_for_the_one_marked_symbol():
-    """One needle within needle_range, QUERY at the end and nowhere else, one target: the needle's symbol."""
+    """One needle within needle_range, QUERY at the end and nowhere else, one target: the needle's
+    symbol."""
     d = data.load("retrieval", length=16, symbols=5, needle_range=6)
     assert (d.T, d.vocab, d.n_out, d.bos, d.units) == (16, 12, 5, 11, "nats/target")
     x, y = d.batch(4000, rng())
@@ -361,7 +386,8 @@ def test_retrieval_asks_for_the_one_marked_symbol():
     assert set(where.tolist()) == set(range(1, 7))
     assert (x[:, -1] == 10).all() and ((x == 10).sum(1) == 1).all()
     assert (y[:, :-1] == -1).all() and torch.equal(y[:, -1], x[marked] - 5)
-    for counts in (where.bincount()[1:] / 4000 * 6, y[:, -1].bincount() / 4000 * 5, x[x < 5].bincount() / (x < 5).sum() * 5):
+    for counts in (where.bincount()[1:] / 4000 * 6, y[:, -1].bincount() / 4000 * 5,
+                   x[x < 5].bincount() / (x < 5).sum() * 5):
         assert (counts - 1).abs().max() < 0.2  # all of it uniform
     x, _ = data.load("retrieval", length=16).batch(500, rng())
     assert ((x >= 8) & (x < 16)).int().argmax(1).max() == 4  # the first quarter
@@ -383,16 +409,21 @@ def every_retrieval_sequence(T, S, R, noise):
                     yield p * noise / S, tuple(x), redrawn
 
 
-@pytest.mark.parametrize("T,S,R,noise", [(4, 2, 2, 0.3), (5, 3, 1, 0.7), (5, 2, 3, 1.0), (3, 3, 1, 0.0)])
+@pytest.mark.parametrize("T,S,R,noise",
+                         [(4, 2, 2, 0.3), (5, 3, 1, 0.7), (5, 2, 3, 1.0), (3, 3, 1, 0.0)])
 def test_the_posterior_is_the_conditional_probability(T, S, R, noise):
-    """Enumerating every (x, y) of the process gives p(y | x), and the task's posterior equals it."""
+    """Enumerating every (x, y) of the process gives p(y | x), and the task's posterior equals
+    it."""
     joint = defaultdict(lambda: [0.0] * S)
     for p, x, y in every_retrieval_sequence(T, S, R, noise):
         joint[x][y] += p
     assert sum(map(sum, joint.values())) == pytest.approx(1)
-    h = data.load("retrieval", length=T, symbols=S, noise=noise, needle_range=R).held_out("val", 400)
-    assert {tuple(x) for x in h["x"].tolist()} == set(joint)  # it draws every sequence, and no other
-    truth = torch.tensor([[p / sum(joint[tuple(x)]) for p in joint[tuple(x)]] for x in h["x"].tolist()])
+    d = data.load("retrieval", length=T, symbols=S, noise=noise, needle_range=R)
+    h = d.held_out("val", 400)
+    # it draws every sequence, and no other
+    assert {tuple(x) for x in h["x"].tolist()} == set(joint)
+    truth = torch.tensor([[p / sum(joint[tuple(x)]) for p in joint[tuple(x)]]
+                          for x in h["x"].tolist()])
     assert torch.allclose(h["posterior"][:, -1], truth, atol=1e-6)
     assert (h["posterior"][:, :-1] == 0).all() and (h["clean"][:, :-1] == -1).all()
 
@@ -407,28 +438,32 @@ def test_noise_redraws_the_target_and_only_the_target():
     assert abs(share - noise * (1 - 1 / S)) < 0.013  # four standard errors
     likelihood = h["posterior"][:, -1].gather(1, h["y"][:, -1:]).log().mean()
     entropy = torch.distributions.Categorical(h["posterior"][0, -1]).entropy()
-    assert abs(likelihood + entropy) < 0.03  # the best predictor's loss on these targets is its own entropy
+    # the best predictor's loss on these targets is its own entropy
+    assert abs(likelihood + entropy) < 0.03
 
 
-# --- options ---------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 BAD = [
     ("cifar", {}, "--dataset"), ("", {}, "--dataset"),
     ("glyphs", dict(image_size=7), "--image_size"), ("glyphs", dict(image_size=65), "--image_size"),
-    ("glyphs", dict(image_size=12.5), "--image_size"), ("glyphs", dict(image_size=True), "--image_size"),
+    ("glyphs", dict(image_size=12.5), "--image_size"),
+    ("glyphs", dict(image_size=True), "--image_size"),
     ("glyphs", dict(jitter=-0.1), "--jitter"), ("glyphs", dict(jitter=float("nan")), "--jitter"),
     ("glyphs", dict(jitter="much"), "--jitter"), ("glyphs", dict(glyphs=""), "--glyphs"),
     ("glyphs", dict(glyphs="1 2"), "--glyphs"), ("glyphs", dict(glyphs="1\n"), "--glyphs"),
     ("glyphs", dict(glyphs="\U0010fffd"), "--glyphs"), ("glyphs", dict(glyphs=12), "--glyphs"),
     ("glyphs", dict(length=64), "--length"), ("glyphs", dict(levels=2), "--levels"),
     ("mnist", dict(image_size=12), "--image_size"), ("mnist", dict(levels=3), "--levels"),
-    ("mnist", dict(binarize="dynamic"), "--binarize"), ("mnist", dict(levels=256, binarize="static"), "--binarize"),
+    ("mnist", dict(binarize="dynamic"), "--binarize"),
+    ("mnist", dict(levels=256, binarize="static"), "--binarize"),
     ("mnist", dict(noise=0.1), "--noise"),
     ("retrieval", dict(length=2), "--length"), ("retrieval", dict(length=-5), "--length"),
     ("retrieval", dict(symbols=1), "--symbols"), ("retrieval", dict(symbols="abc"), "--symbols"),
     ("retrieval", dict(noise=1.01), "--noise"), ("retrieval", dict(noise=-1), "--noise"),
     ("retrieval", dict(length=10, needle_range=9), "--needle_range"),
-    ("retrieval", dict(needle_range=-1), "--needle_range"), ("retrieval", dict(image_size=28), "--image_size"),
+    ("retrieval", dict(needle_range=-1), "--needle_range"),
+    ("retrieval", dict(image_size=28), "--image_size"),
 ]
 
 
@@ -442,14 +477,17 @@ def test_a_bad_option_is_named(tmp_path, name, options, flag):
 
 
 def test_none_means_not_given():
-    """A command line can pass every flag of every dataset and leave None where the user said nothing."""
+    """A command line can pass every flag of every dataset and leave None where the user said
+    nothing."""
     d = data.load("retrieval", length=9, noise=None, image_size=None)
-    assert d.T == 9 and torch.equal(d.held_out("val", 4)["x"], data.load("retrieval", length=9).held_out("val", 4)["x"])
+    assert d.T == 9 and torch.equal(d.held_out("val", 4)["x"],
+                                    data.load("retrieval", length=9).held_out("val", 4)["x"])
 
 
-# --- python data.py DATASET --------------------------------------------------------------------------------
+# --- python data.py DATASET -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [n for n, o in data.OPTIONS.items() if n in data.SYNTHETIC] + ["pydoc"])
+@pytest.mark.parametrize("name",
+                         [n for n, o in data.OPTIONS.items() if n in data.SYNTHETIC] + ["pydoc"])
 def test_look_before_you_train(name, command):
     """What the task is, its sizes, its floor and as many examples as asked for."""
     code, out, err = command(f"data.py {name} --n 3")
@@ -462,13 +500,18 @@ def test_look_before_you_train(name, command):
 def test_look_at_pictures(command, tmp_path):
     """A picture dataset goes to a file."""
     code, out, _ = command(f"data.py glyphs --glyphs AB --n 5 --out {tmp_path}/seen.png")
-    assert code == 0 and "5 training examples" in out and (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+    assert code == 0 and "5 training examples" in out \
+        and (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("line, word", [("data.py", "dataset"), ("data.py cifar", "cifar"), ("data.py stack --keys 3", "--keys"),
-                                        ("data.py stack --depth 0", "--depth"), ("data.py stack --n -1", "--n"),
-                                        ("data.py text", "--data_file"), ("data.py text --data_file nowhere.txt", "nowhere.txt"),
-                                        ("data.py glyphs --out nowhere/seen.png", "nowhere/seen.png")])
+@pytest.mark.parametrize("line, word", [("data.py", "dataset"), ("data.py cifar", "cifar"),
+                                        ("data.py stack --keys 3", "--keys"),
+                                        ("data.py stack --depth 0", "--depth"),
+                                        ("data.py stack --n -1", "--n"),
+                                        ("data.py text", "--data_file"),
+                                        ("data.py text --data_file nowhere.txt", "nowhere.txt"),
+                                        ("data.py glyphs --out nowhere/seen.png",
+                                         "nowhere/seen.png")])
 def test_a_look_at_nothing_is_one_line(command, line, word):
     """Mistakes are one line that names the flag or file, exit code 2."""
     code, out, err = command(line)

@@ -1,4 +1,5 @@
-"""Lesson: the README tells the truth. Its commands run, in its order, at tiny size; its Python and its map are checked."""
+"""Lesson: the README tells the truth. Its commands run, in its order, at tiny size; its Python and
+its map are checked."""
 import gzip
 import os
 import re
@@ -17,7 +18,8 @@ import transformer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md")).read()
-SCRIPTS = dict(smt=smt, dmt=dmt, bptt=bptt, transformer=transformer, evaluate=evaluate, sample=sample)
+SCRIPTS = dict(smt=smt, dmt=dmt, bptt=bptt, transformer=transformer, evaluate=evaluate,
+               sample=sample)
 SIZES = "--d_model 8 --n_heads 1 --dec_layers 1".split()
 LENGTH = "--steps 1 --eval_every 0 --threads 1 --batch_size 2 --overwrite".split()
 
@@ -38,7 +40,8 @@ def tiny_mnist(tmp_path_factory):
     """MNIST's files, with noise for pictures and the last 5,000 for validation."""
     folder = tmp_path_factory.mktemp("mnist")
     for name, count in (("train-images-idx3-ubyte.gz", 5_020), ("t10k-images-idx3-ubyte.gz", 20)):
-        pixels = torch.randint(256, (count, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        pixels = torch.randint(256, (count, 28, 28), dtype=torch.uint8,
+                               generator=torch.Generator().manual_seed(0))
         with gzip.open(folder / name, "wb", compresslevel=1) as f:
             f.write(b"\0\0\x08\x03" + struct.pack(">III", count, 28, 28) + pixels.numpy().tobytes())
     return str(folder)
@@ -47,14 +50,17 @@ def tiny_mnist(tmp_path_factory):
 def test_commands_run_in_order(tiny_mnist, tmp_path, monkeypatch):
     """A reader who types the README from top to bottom meets no error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sample.draw_samples", lambda *a, **k: None)  # 196 steps of drawing, many times over: elsewhere
+    # 196 steps of drawing, many times over: elsewhere
+    monkeypatch.setattr("sample.draw_samples", lambda *a, **k: None)
     for script in (smt, dmt, bptt):
         monkeypatch.setattr(script, "draw_samples", lambda *a, **k: None)
-        monkeypatch.setattr(script, "evaluate", lambda *a, **k: dict.fromkeys(("teacher", "one_step", "rollout"), 1.0))
+        monkeypatch.setattr(script, "evaluate", lambda *a,
+                            **k: dict.fromkeys(("teacher", "one_step", "rollout"), 1.0))
         monkeypatch.setattr(script, "summary", lambda r: r)
     seen = set()
     for script, *argv in commands():
-        name = script.removesuffix(".py")
+        name = os.path.basename(script).removesuffix(".py")
+        assert os.path.exists(os.path.join(ROOT, script))
         seen.add(name)
         if name in ("evaluate", "sample"):
             argv += ["--n_test", "2"] if name == "evaluate" else ["--n", "1"]
@@ -64,7 +70,8 @@ def test_commands_run_in_order(tiny_mnist, tmp_path, monkeypatch):
             for flag in ("--minutes", "--steps", "--threads"):  # a reader's hour is not ours
                 if flag in argv:
                     del argv[argv.index(flag):argv.index(flag) + 2]
-            argv += LENGTH + ["--data_dir", tiny_mnist] + ([] if "--ckpt" in argv or "--init" in argv else SIZES)
+            argv += LENGTH + ["--data_dir",
+                              tiny_mnist] + ([] if "--ckpt" in argv or "--init" in argv else SIZES)
             if "--resume" in argv:
                 argv.remove("--overwrite")
                 argv = argv[:argv.index("--steps")] + ["--steps", "2"]
@@ -73,7 +80,8 @@ def test_commands_run_in_order(tiny_mnist, tmp_path, monkeypatch):
 
 
 def test_python_example_runs(capsys):
-    """The lines that step the RNN through a sequence work on the checkpoint that comes with the project."""
+    """The lines that step the RNN through a sequence work on the checkpoint that comes with the
+    project."""
     code = next(block for block in blocks("python") if "model.load" in block)
     scope = {}
     exec(code.replace('"results/', f'"{ROOT}/results/'), scope)
@@ -96,4 +104,5 @@ def test_map_points_at_code():
     assert len(rows) >= 8
     for file, name in rows:
         source = open(os.path.join(ROOT, file)).read()
-        assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b", source, re.M), f"{file} has no {name}"
+        assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b", source,
+                         re.M), f"{file} has no {name}"

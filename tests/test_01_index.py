@@ -33,7 +33,8 @@ def test_futures_with_many_sequences():
 
 
 def test_output_sits_on_the_token_that_arrived_last():
-    """decode(m_2, [x_3, x_4]) gives y_2 from the memory alone, y_3 when x_3 is there, y_4 when x_4 is there."""
+    """decode(m_2, [x_3, x_4]) gives y_2 from the memory alone, y_3 when x_3 is there, y_4 when x_4
+    is there."""
     encoder, decoder, _ = networks()
     x = torch.tensor([[5, 0, 1, 2, 3, 4]])
     m = encoder(x, torch.tensor([2]))[:, 0]

@@ -1,9 +1,10 @@
-"""Lesson: where gradients go. In SMT and DMT none crosses more than one update of the RNN; in BPTT as many as allowed."""
+"""Lesson: where gradients go. In SMT and DMT none crosses more than one update of the RNN; in BPTT
+as many as allowed."""
 import math
 
 import pytest
 import torch
-from tiny import B, T, networks, sequences
+from tiny import B, T, networks, recipe, sequences
 
 import bptt
 import dmt
@@ -48,13 +49,15 @@ def test_truncation_in_pieces_has_the_loss_of_the_whole():
 
 @pytest.mark.parametrize("recompute", [1, 3, T])
 def test_recomputing_changes_nothing_but_memory(recompute):
-    """Activations that are computed again in the backward pass give the loss and the gradients of those that were kept."""
+    """Activations that are computed again in the backward pass give the loss and the gradients of
+    those that were kept."""
     results = []
     for every in (0, recompute):
         _, _, rnn = networks()
         losses, m = bptt.objective(rnn, None, *sequences(), 0, every)
         losses["loss"].backward()
-        results.append([losses["loss"], m, *(p.grad for p in rnn.parameters() if p.grad is not None)])
+        results.append([losses["loss"], m,
+                        *(p.grad for p in rnn.parameters() if p.grad is not None)])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
 
@@ -63,11 +66,13 @@ def dmt_losses(rnn, encoder, decoder, x, y, own):
     t = torch.tensor([3, 5, 8])
     b = torch.arange(B)
     x_fut, y_fut = x[:, 4:7], y[:, 3:7]
-    return dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut, y_fut, torch.ones(()), dmt.Config())
+    return dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut, y_fut,
+                         torch.ones(()), recipe(dmt))
 
 
 def test_dmt_does_not_cross_a_step():
-    """Even if somebody hands the objective memories with a graph, no gradient reaches an earlier step."""
+    """Even if somebody hands the objective memories with a graph, no gradient reaches an earlier
+    step."""
     encoder, decoder, rnn = networks()
     x, y = sequences()
     own = rnn.memories(x)
@@ -79,7 +84,8 @@ def test_dmt_does_not_cross_a_step():
 
 
 def test_dmt_leaves_the_teacher_alone():
-    """Frozen networks have grad None, although the prediction-space loss goes through the frozen decoder."""
+    """Frozen networks have grad None, although the prediction-space loss goes through the frozen
+    decoder."""
     encoder, decoder, rnn = networks()
     for p in (*encoder.parameters(), *decoder.parameters()):
         p.requires_grad_(False)
@@ -89,45 +95,54 @@ def test_dmt_leaves_the_teacher_alone():
     assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters()))
 
 
-@pytest.mark.parametrize("weights, updater, readout", [(dict(lambda_mse=1.0, lambda_dec=0.0), True, False),
-                                                       (dict(lambda_mse=0.0, lambda_dec=1.0), True, True),
-                                                       (dict(lambda_mse=0.0, detach_dec=True), False, True),
-                                                       (dict(lambda_mse=0.0, lambda_dec=0.0, lambda_kl=1.0), True, False)])
+@pytest.mark.parametrize("weights, updater, readout", [
+    (dict(lambda_mse=1.0, lambda_dec=0.0), True, False),
+    (dict(lambda_mse=0.0, lambda_dec=1.0), True, True),
+    (dict(lambda_mse=0.0, detach_dec=True), False, True),
+    (dict(lambda_mse=0.0, lambda_dec=0.0, lambda_kl=1.0), True, False)])
 def test_what_each_loss_of_dmt_teaches(weights, updater, readout):
-    """MSE and KL teach the updater alone; the future as the readout sees it teaches both, or the readout alone."""
+    """MSE and KL teach the updater alone; the future as the readout sees it teaches both, or the
+    readout alone."""
     encoder, decoder, rnn = networks()
     x, y = sequences()
     labels = encoder(x, torch.arange(T)).detach()
     t, b = torch.tensor([3, 5, 8]), torch.arange(B)
-    losses = dmt.objective(decoder, rnn, labels[b, t - 1], x[b, t], t, labels[b, t], x[:, 4:7], y[:, 3:7], torch.ones(()),
-                           dmt.Config(**weights))
+    losses = dmt.objective(decoder, rnn, labels[b, t - 1], x[b, t], t, labels[b, t], x[:, 4:7],
+                           y[:, 3:7], torch.ones(()),
+                           recipe(dmt, **weights))
     losses["loss"].backward()
-    moved = lambda net: sum(float(p.grad.abs().sum()) for p in net.parameters() if p.grad is not None) > 0
+    moved = lambda net: sum(float(p.grad.abs().sum()) for p in net.parameters()
+                            if p.grad is not None) > 0
     assert moved(rnn.updater) == updater and moved(rnn.readout) == readout
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_joint_smt_shapes_the_encoder_and_detached_does_not(detach):
-    """With the decoder's and the uniformity loss off, the encoder learns from L_dyn exactly when it is joint."""
+    """With the decoder's and the uniformity loss off, the encoder learns from L_dyn exactly when it
+    is joint."""
     encoder, decoder, rnn = networks()
     x, y = sequences()
-    cfg = smt.Config(lambda_dec=0.0, lambda_unif=0.0, detach_rnn=detach)
-    losses = smt.objective(encoder, decoder, rnn, x, y, torch.tensor([[0, 1, 2], [6, 7, 8]]), cfg, torch.Generator())
+    cfg = recipe(smt, lambda_dec=0.0, lambda_unif=0.0, detach_rnn=detach)
+    losses = smt.objective(encoder, decoder, rnn, x, y, torch.tensor([[0, 1, 2], [6, 7, 8]]), cfg,
+                           torch.Generator())
     losses["loss"].backward()
     moved = encoder.registers.grad.abs().sum() > 0
     assert moved != detach
     assert rnn.updater.blocks[0].w_qkv.weight.grad.abs().sum() > 0
-    assert rnn.readout.head.weight.grad is None and rnn.m0.grad is None  # SMT copies these, it does not train them
+    # SMT copies these, it does not train them
+    assert rnn.readout.head.weight.grad is None and rnn.m0.grad is None
 
 
 def test_detached_smt_is_the_decoders_loss_alone():
-    """What shapes the encoder of detached SMT is L_dec on its own memories, whatever the RNN does."""
+    """What shapes the encoder of detached SMT is L_dec on its own memories, whatever the RNN
+    does."""
     grads = []
     for changes in (dict(detach_rnn=True, decode_own=0.9, lambda_dyn=5.0),
                     dict(detach_rnn=False, decode_own=0.0, lambda_dyn=0.0)):
         encoder, decoder, rnn = networks()
-        cfg = smt.Config(lambda_unif=0.0, **changes)
+        cfg = recipe(smt, lambda_unif=0.0, **changes)
         times = torch.tensor([[0, 1, 2], [6, 7, 8]])
-        smt.objective(encoder, decoder, rnn, *sequences(), times, cfg, torch.Generator())["loss"].backward()
+        smt.objective(encoder, decoder, rnn, *sequences(), times, cfg,
+                      torch.Generator())["loss"].backward()
         grads.append([p.grad for p in encoder.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))

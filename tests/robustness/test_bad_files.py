@@ -1,6 +1,7 @@
 """
-Lesson: a file is a stranger. Whatever stands where a checkpoint should be, every script that reads one answers with one
-line that names the path, exit code 2, and runs none of the code that a pickle may carry.
+Lesson: a file is a stranger. Whatever stands where a checkpoint should be, every script that reads
+one answers with one line that names the path, exit code 2, and runs none of the code that a pickle
+may carry.
 """
 import io
 import pickle
@@ -60,10 +61,14 @@ BAD = {  # (bytes of a good checkpoint, path of the marker) -> bytes of a bad on
     "missing size": lambda good, mark: changed(good, model=dict(vocab=8)),
     "size of another type": lambda good, mark: changed(good, model=dict(vocab="8", n_out=3, T=8)),
     "wrong shapes": lambda good, mark: changed(good, model=dict(vocab=8, n_out=3, T=8, d_model=32)),
-    "unknown rnn": lambda good, mark: changed(good, model=dict(vocab=8, n_out=3, T=8, rnn="hopfield")),
-    "unknown dataset": lambda good, mark: changed(good, config=config_of(good) | dict(dataset="cifar")),
-    "unknown preset": lambda good, mark: changed(good, config=config_of(good) | dict(preset="huge")),
-    "dataset of another type": lambda good, mark: changed(good, config=config_of(good) | dict(dataset=[1])),
+    "unknown rnn": lambda good,
+       mark: changed(good, model=dict(vocab=8, n_out=3, T=8, rnn="hopfield")),
+    "unknown dataset": lambda good,
+       mark: changed(good, config=config_of(good) | dict(dataset="cifar")),
+    "unknown preset": lambda good,
+       mark: changed(good, config=config_of(good) | dict(preset="huge")),
+    "dataset of another type": lambda good,
+       mark: changed(good, config=config_of(good) | dict(dataset=[1])),
     "longer sequences": lambda good, mark: changed(good, config=config_of(good) | dict(length=20)),
     "no networks": lambda good, mark: changed(good, encoder=GONE, decoder=GONE, rnn=GONE),
     "empty networks": lambda good, mark: changed(good, encoder={}, decoder={}, rnn={}),
@@ -81,7 +86,8 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_checkpoint_is_one_line(what, reader, command, tiny_smt, tmp_path, recwarn):
-    """Every reader refuses every bad checkpoint by its path, executes nothing and writes nothing."""
+    """Every reader refuses every bad checkpoint by its path, executes nothing and writes
+    nothing."""
     path = tmp_path / "run" / "ckpt.pt"
     path.parent.mkdir()
     path.write_bytes(BAD[what](tiny_smt.read_bytes(), tmp_path / "mark"))
@@ -97,17 +103,21 @@ def test_the_malicious_pickle_is_malicious(tmp_path):
     assert (tmp_path / "mark").is_dir()
 
 
-@pytest.mark.parametrize("part", ["optimizers", "rng", "torch_rng", "history", "encoder", "elapsed"])
+@pytest.mark.parametrize("part",
+                         ["optimizers", "rng", "torch_rng", "history", "encoder", "elapsed"])
 def test_a_checkpoint_without_what_resuming_needs(part, command, tiny_smt, tmp_path):
-    """A checkpoint made for sampling, or damaged, is refused by --resume with one line instead of half-loaded."""
+    """A checkpoint made for sampling, or damaged, is refused by --resume with one line instead of
+    half-loaded."""
     (tmp_path / "ckpt.pt").write_bytes(changed(tiny_smt.read_bytes(), **{part: GONE}))
     code, _, err = command(f"smt.py --resume --steps 9 --out_dir {tmp_path}")
     assert code == 2 and err.count("\n") == 1 and f"{tmp_path}/ckpt.pt" in err and part in err, err
 
 
 @pytest.mark.parametrize("flag", ["decode_own", "ema", "dataset"])
-def test_a_run_of_an_older_version_is_not_resumed_with_new_defaults(flag, command, tiny_smt, tmp_path):
-    """A config that does not say what a flag was is refused: the objective would change silently."""
+def test_a_run_of_an_older_version_is_not_resumed_with_new_defaults(flag, command, tiny_smt,
+                                                                    tmp_path):
+    """A config that does not say what a flag was is refused: the objective would change
+    silently."""
     config = {k: v for k, v in config_of(tiny_smt.read_bytes()).items() if k != flag}
     (tmp_path / "ckpt.pt").write_bytes(changed(tiny_smt.read_bytes(), config=config))
     code, _, err = command(f"smt.py --resume --steps 9 --out_dir {tmp_path}")

@@ -1,7 +1,7 @@
 """
-Lesson: the command line is part of the program. Whoever mistypes gets one line that names the flag or the file and
-what to do, exit code 2, and an untouched disk; every flag that is accepted changes what is computed; and numbers
-that others parse (JSON, log.csv, a pipe) are clean.
+Lesson: the command line is part of the program. Whoever mistypes gets one line that names the flag
+or the file and what to do, exit code 2, and an untouched disk; every flag that is accepted changes
+what is computed; and numbers that others parse (JSON, log.csv, a pipe) are clean.
 """
 import csv
 import dataclasses
@@ -15,25 +15,31 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from tiny import recipe
 
-from sources import images
 import console
+import data
 import flags
+import presets
 import trainer
+from sources import images
 
 SCRIPTS = ("smt", "dmt", "bptt", "transformer", "evaluate", "sample")
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory, tiny_smt):
-    """A folder with one finished run of each kind under runs/, and files that are no checkpoints."""
+    """A folder with one finished run of each kind under runs/, and files that are no
+    checkpoints."""
     folder = tmp_path_factory.mktemp("here")
     (folder / "file").write_text("not a folder")
     from conftest import RUN, SIZES, TASK
-    for script, flags in (("smt", f"{TASK} {SIZES}"), ("dmt", f"--ckpt {tiny_smt}"), ("bptt", f"{TASK} {SIZES}"),
+    for script, flags in (("smt", f"{TASK} {SIZES}"), ("dmt", f"--ckpt {tiny_smt}"),
+                          ("bptt", f"{TASK} {SIZES}"),
                           ("transformer", f"{TASK} {SIZES}")):
         out_dir = folder / "runs" / script
-        importlib.import_module(script).main(f"{flags} {RUN} --eval_every 0 --out_dir {out_dir}".split())
+        line = f"{flags} {RUN} --eval_every 0 --out_dir {out_dir}"
+        importlib.import_module(script).main(line.split())
     return folder
 
 
@@ -41,7 +47,7 @@ def files(folder):
     return {str(p): p.stat().st_mtime_ns for p in Path(folder).rglob("*")}
 
 
-# ---------------------------------------------------------------------------------------- bad command lines
+# -------------------------------------------------------------------------------- bad command lines
 
 BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --stepz 3", "--stepz"),
@@ -154,38 +160,45 @@ BAD = [  # command, what its one line must mention
     ("sample.py --ckpt runs/smt/ckpt.pt --temperature nan", "--temperature"),
     ("sample.py --ckpt runs/smt/ckpt.pt --top_k -1", "--top_k"),
     ("sample.py --ckpt runs/smt/ckpt.pt --seed 1" + "0" * 30, "--seed"),
-    ("sample.py --ckpt runs/smt/ckpt.pt --prefix", "--prefix"),  # retrieval has no images to complete
+    # retrieval has no images to complete
+    ("sample.py --ckpt runs/smt/ckpt.pt --prefix", "--prefix"),
     ("sample.py --ckpt runs/smt/ckpt.pt --device toaster", "--device"),
 ]
 
 
 @pytest.mark.parametrize("line, named", BAD)
 def test_a_mistake_is_one_line_and_leaves_no_trace(line, named, here, command, monkeypatch):
-    """A bad command line exits with 2 and one line that names the culprit, before anything is written."""
+    """A bad command line exits with 2 and one line that names the culprit, before anything is
+    written."""
     monkeypatch.chdir(here)
     monkeypatch.setattr(images, "MIRRORS", ("http://127.0.0.1:9/",))  # nobody listens: offline
     before = files(here)
     code, out, err = command(line)
     assert code == 2
-    assert err.count("\n") == 1 and err.startswith(line.split()[0] + ": error: ") and named in err, err
+    assert err.count("\n") == 1 and err.startswith(line.split()[0]
+                                                   + ": error: ") and named in err, err
     assert "Traceback" not in out + err
     assert files(here) == before
 
 
 @pytest.fixture(scope="module")
 def picture_ckpt(tmp_path_factory):
-    """The checkpoint of an untrained RNN for pictures of 2x3 pixels, which is all that sampling needs."""
+    """The checkpoint of an untrained RNN for pictures of 2x3 pixels, which is all that sampling
+    needs."""
     from model import RNN, ModelConfig
-    c = ModelConfig(vocab=3, n_out=2, T=6, d_model=8, n_heads=1, mem_tokens=2, rnn_layers=1, dec_layers=1, ctx_len=6)
+    c = ModelConfig(vocab=3, n_out=2, T=6, d_model=8, n_heads=1, mem_tokens=2, rnn_layers=1,
+                    dec_layers=1, ctx_len=6)
     path = tmp_path_factory.mktemp("pictures") / "rnn.pt"
-    torch.save(dict(format=1, script="smt", config=dict(dataset="glyphs", preset="laptop"), image=(2, 3),
+    torch.save(dict(format=1, script="smt", config=dict(dataset="glyphs", preset="laptop"),
+                    image=(2, 3),
                     model=dataclasses.asdict(c), rnn=RNN(c).state_dict()), path)
     return path
 
 
 @pytest.mark.parametrize("out", ["nowhere/a.png", "", "folder"])
 def test_a_picture_that_cannot_be_written(out, picture_ckpt, command, tmp_path, monkeypatch):
-    """sample.py --out into a missing folder, or onto a folder, is refused and leaves no half-written file."""
+    """sample.py --out into a missing folder, or onto a folder, is refused and leaves no
+    half-written file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     before = files(tmp_path)
@@ -197,26 +210,34 @@ def test_a_picture_that_cannot_be_written(out, picture_ckpt, command, tmp_path, 
 @pytest.mark.parametrize("temperature", ["0", "1e-40", "1e-300", "1e18"])
 def test_extreme_temperatures_still_draw(temperature, picture_ckpt, command, tmp_path):
     """Every temperature from 0 up means something, however small or large."""
-    code, _, err = command(f"sample.py --device cpu --n 2 --ckpt {picture_ckpt} --out {tmp_path}/a.png "
-                           f"--temperature {temperature}")
+    code, _, err = command(f"sample.py --device cpu --n 2 --ckpt {picture_ckpt} "
+                           f"--out {tmp_path}/a.png --temperature {temperature}")
     assert code == 0, err
     assert (tmp_path / "a.png").exists()
 
 
 def test_other_failures_keep_their_traceback(monkeypatch):
-    """cli hides the user's mistakes only: a bug of ours is raised whole, and running out of memory is explained."""
+    """cli hides the user's mistakes only: a bug of ours is raised whole, and running out of memory
+    is explained."""
     monkeypatch.setattr(sys, "argv", ["x.py"])
+    def raising(error):
+        def main(argv):
+            raise error
+        return main
+
     with pytest.raises(RuntimeError, match="a bug"):
-        console.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
+        console.cli(raising(RuntimeError("a bug")))
     with pytest.raises(SystemExit, match="2"):
-        console.cli(lambda argv: (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate")))
+        console.cli(raising(RuntimeError("CUDA out of memory. Tried to allocate")))
     with pytest.raises(SystemExit, match="130"):
-        console.cli(lambda argv: (_ for _ in ()).throw(KeyboardInterrupt()))
+        console.cli(raising(KeyboardInterrupt()))
 
 
 def test_a_real_process(tmp_path):
-    """From another folder, in a process of its own: a mistake exits with 2 and one line, --help with 0."""
-    call = lambda *flags: subprocess.run([sys.executable, ROOT / "smt.py", *flags], cwd=tmp_path, capture_output=True,
+    """From another folder, in a process of its own: a mistake exits with 2 and one line, --help
+    with 0."""
+    call = lambda *flags: subprocess.run([sys.executable, ROOT / "smt.py", *flags], cwd=tmp_path,
+                                         capture_output=True,
                                          text=True, timeout=120)
     bad = call("--lr", "fast")
     assert (bad.returncode, bad.stdout) == (2, "")
@@ -226,25 +247,66 @@ def test_a_real_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------------------------- what is printed
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_default(script, command):
     """Each flag in --help says what happens without it."""
     code, out, _ = command(f"{script}.py --help")
-    flags = re.split(r"\n  (?=-)", out.split("\noptions:")[1])
+    flags = re.split(r"\n  (?=-)", re.split(r"\n\w+:\n", out, maxsplit=1)[1])
     assert code == 0 and len(flags) > 5
     for text in flags:
-        text = " ".join(text.split())
+        text = " ".join(re.split(r"\n\n\w+:\n", text)[0].split())  # less the next group's heading
         assert not text or text.startswith("-h") or "(default: " in text or "required" in text, text
 
 
+@pytest.mark.parametrize("script", SCRIPTS + ("bench", "data"))
+def test_help_fits_on_two_pages(script, command):
+    """At most 100 lines of 100 columns; the groups come in order."""
+    code, out, _ = command(f"{script}.py --help")
+    assert code == 0 and out.count("\n") <= 100 and max(map(len, out.split("\n"))) <= 100
+    if script in SCRIPTS[:4]:
+        places = [out.index(f"\n{group}:\n") for group in flags.GROUPS]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize("script", ["smt", "bptt", "transformer"])
+def test_help_is_about_the_dataset_that_is_named(script, command):
+    """It shows the options of that dataset and of no other, and the defaults of its recipe."""
+    for dataset, options in data.OPTIONS.items():
+        _, out, _ = command(f"{script}.py --dataset {dataset} --help")
+        shown = {name for name in data.HELP if re.search(rf"\n  --{name}\b", out)}
+        assert shown == set(options) and "--dataset NAME --help" in out
+        minutes = presets.recipe("smt" if script == "smt" else "bptt", "laptop",
+                                 flags.kinds(dataset))["minutes"]
+        assert re.search(rf"--minutes [^-]* \(default:\s+{minutes}\)", out)
+
+
+def test_presets_hold_every_recipe():
+    """The laptop's block names every flag that has no default of its own, for the methods that have
+    it, and no other; later blocks change flags that are there; nothing but a dataset's options is
+    added."""
+    import bptt
+    import dmt
+    import smt
+    for module in (smt, dmt, bptt):
+        wanted = {f.name for f in dataclasses.fields(module.Config)
+                  if f.default is dataclasses.MISSING}
+        assert presets.recipe(module.__name__, "laptop").keys() == wanted
+        for preset in presets.PRESETS:
+            for dataset, options in data.OPTIONS.items():
+                recipe_of = presets.recipe(module.__name__, preset, flags.kinds(dataset))
+                assert recipe_of.keys() - options.keys() == wanted, (preset, dataset)
+
+
 def test_json_is_alone_on_stdout(here, command):
-    """evaluate.py --json prints one JSON object and nothing else, with null where a number does not apply."""
-    keys = set("dataset split n units teacher one_step rollout bayes excess drift drift_by_time one_step_drift kl "
-               "stderr".split())
+    """evaluate.py --json prints one JSON object and nothing else, with null where a number does not
+    apply."""
+    keys = set("dataset split n units teacher one_step rollout bayes excess drift drift_by_time "
+               "one_step_drift kl stderr".split())
     for script in ("smt", "dmt", "bptt", "transformer"):
-        code, out, err = command(f"evaluate.py --device cpu --n_test 20 --json --ckpt {here}/runs/{script}/ckpt.pt")
+        code, out, err = command("evaluate.py --device cpu --n_test 20 --json "
+                                 f"--ckpt {here}/runs/{script}/ckpt.pt")
         result = json.loads(out, parse_constant=pytest.fail)  # NaN is no JSON
         assert code == 0 and err == "" and keys <= set(result) and result["n"] == 20
         assert (result["rollout"] is None) == (script == "transformer")
@@ -253,29 +315,34 @@ def test_json_is_alone_on_stdout(here, command):
 
 
 def test_a_pipe_gets_plain_lines_and_log_csv_parses(command, tmp_path):
-    """Without a terminal a run prints plain lines, and log.csv holds the same numbers with one row a step."""
-    code, out, err = command(f"smt.py {{TINY}} --steps 7 --log_every 2 --eval_every 3 --out_dir {tmp_path}/run")
+    """Without a terminal a run prints plain lines, and log.csv holds the same numbers with one row
+    a step."""
+    code, out, err = command("smt.py {TINY} --steps 7 --log_every 2 --eval_every 3 "
+                             f"--out_dir {tmp_path}/run")
     assert code == 0 and err == "" and "\r" not in out
     rows = list(csv.DictReader(open(tmp_path / "run" / "log.csv")))
     assert [int(r["step"]) for r in rows] == [2, 3, 4, 6, 7]
     assert f"step 4/7 | loss {float(rows[2]['loss']):.4f}" in out
-    assert float(rows[3]["val_rollout"]) > 0 and float(rows[3]["loss"]) and rows[0]["val_rollout"] == ""
+    assert float(rows[3]["val_rollout"]) > 0 and float(rows[3]["loss"]) and rows[0]["val_rollout"] \
+        == ""
 
 
 def test_evaluating_does_not_change_training(command, tmp_path):
     """However often a run is evaluated, it ends with the same weights."""
     finals = []
     for every in (2, 5):
-        assert command(f"smt.py {{TINY}} --steps 10 --eval_every {every} --out_dir {tmp_path}/{every}")[0] == 0
+        line = f"smt.py {{TINY}} --steps 10 --eval_every {every} --out_dir {tmp_path}/{every}"
+        assert command(line)[0] == 0
         finals.append(final(tmp_path / str(every)))
     assert distance(*finals) == 0
 
 
 def test_a_run_in_steps_has_no_clock():
-    """--steps alone sets no limit in minutes and --minutes alone none in steps, so that steps repeat exactly."""
+    """--steps alone sets no limit in minutes and --minutes alone none in steps, so that steps
+    repeat exactly."""
     import smt
-    parse = lambda *argv: flags.parse(smt.Config, ["--device", "cpu", *argv], smt.PRESETS, "smt", "")[0]
-    assert parse().minutes == smt.Config().minutes > 0 and parse().steps == 0
+    parse = lambda *argv: flags.parse("smt", smt.Config, ["--device", "cpu", *argv], "")[0]
+    assert parse().minutes == recipe(smt).minutes > 0 and parse().steps == 0
     assert (parse("--steps", "7").steps, parse("--steps", "7").minutes) == (7, 0)
     both = parse("--steps", "7", "--minutes", "2")
     assert (both.steps, both.minutes) == (7, 2)
@@ -283,12 +350,13 @@ def test_a_run_in_steps_has_no_clock():
     assert parse("--preset", "paper", "--minutes", "2").steps == 0
 
 
-# ------------------------------------------------------------------------------------- every flag does something
+# ------------------------------------------------------------------------ every flag does something
 
 def final(out_dir):
     """All weights of a run's last checkpoint, by name."""
     ckpt = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    return {f"{net}.{k}": v for net in ("encoder", "decoder", "rnn") for k, v in ckpt.get(net, {}).items()}
+    return {f"{net}.{k}": v for net in ("encoder", "decoder", "rnn") for k,
+            v in ckpt.get(net, {}).items()}
 
 
 def distance(a, b):
@@ -299,15 +367,19 @@ def distance(a, b):
 
 
 # "a + b": what b changes on top of a.
-SMT = """--seed 1|--batch_size 5|--lr 0.01|--warmup 3|--no-decay|--lambda_dec 2|--lambda_dyn 2|--lambda_unif 2|
---detach_rnn|--runs 3|--run_len 3|--chain 0.2|--micro 2|--encoder bidirectional|--no-timestamps|
---fut_len 2|--encoder bidirectional + --ctx_len 3|--mem_tokens 3|--d_model 20|--n_heads 4|--head_dim 4|
---enc_layers 1|--dec_layers 2|--rnn_layers 1|--rnn mlp|--rnn gru|--ema 0.05|--decode_own 1|--decode 2|--optimizer adamw|
---length 9|--symbols 4|--noise 0.9|--needle_range 5""".replace("\n", "").split("|")
-DMT = """--seed 1|--batch_size 5|--lr 0.01|--lambda_kl 1|--lambda_dec 3|--detach_dec|--lambda_mse 5|--pairs 7|--decode 3|
---tube 0|--ema 0.05|--tube 0 + --horizon 1|--tube 0 --horizon 3 + --rollout parallel""".replace("\n", "").split("|")
+SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --no-decay | --lambda_dec 2 | "
+       "--lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --runs 3 | --run_len 3 | --chain 0.2 | "
+       "--micro 2 | --encoder bidirectional | --no-timestamps | --fut_len 2 | "
+       "--encoder bidirectional + --ctx_len 3 | --mem_tokens 3 | --d_model 20 | --n_heads 4 | "
+       "--head_dim 4 | --enc_layers 1 | --dec_layers 2 | --rnn_layers 1 | --rnn mlp | --rnn gru | "
+       "--ema 0.05 | --decode_own 1 | --decode 2 | --optimizer adamw | --length 9 | --symbols 4 | "
+       "--noise 0.9 | --needle_range 5").split(" | ")
+DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_kl 1 | --lambda_dec 3 | --detach_dec | "
+       "--lambda_mse 5 | --pairs 7 | --decode 3 | --tube 0 | --ema 0.05 | --tube 0 + --horizon 1 | "
+       "--tube 0 --horizon 3 + --rollout parallel").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
-WITHOUT = set("recompute dataset data_dir preset device threads compile ckpt init".split()) | set(flags.task_flags())
+WITHOUT = set("recompute dataset data_dir preset device threads compile ckpt init".split()) \
+    | set(data.HELP)
 # where, on what (tests of the data see to those flags), from what and how it runs
 
 
@@ -316,15 +388,20 @@ def bases(tmp_path_factory):
     return tmp_path_factory.mktemp("bases"), {}
 
 
-@pytest.mark.parametrize("script, flag", [(s, f) for s, fs in (("smt", SMT), ("dmt", DMT), ("bptt", BPTT)) for f in fs])
-def test_every_flag_changes_the_result(script, flag, command, tiny_smt, bases, tmp_path, monkeypatch):
-    """Changing one flag changes the weights after four steps: none is accepted and then forgotten."""
-    monkeypatch.setattr(trainer.Run, "evaluate", lambda self: None)  # only the weights are wanted
+@pytest.mark.parametrize("script, flag", [
+    (s, f) for s, fs in (("smt", SMT), ("dmt", DMT), ("bptt", BPTT)) for f in fs])
+def test_every_flag_changes_the_result(script, flag, command, tiny_smt, bases, tmp_path,
+                                       monkeypatch):
+    """Changing one flag changes the weights after four steps: none is accepted and then
+    forgotten."""
+    # for the weights alone
+    monkeypatch.setattr(trainer.Run, "time_to_evaluate", lambda self: False)
 
     def weights(flags, out_dir):
-        start = "--ckpt {tiny_smt} --pairs 10" if script == "dmt" else "" if "--init" in flags else "{TASK} {SIZES}"
-        code, _, err = command(f"{script}.py {start} {{RUN}} --lr 0.02 --warmup 0 --steps 4 {flags} --out_dir {out_dir}",
-                               tiny_smt=tiny_smt)
+        start = "--ckpt {tiny_smt} --pairs 10" if script == "dmt" else \
+            "" if "--init" in flags else "{TASK} {SIZES}"
+        code, _, err = command(f"{script}.py {start} {{RUN}} --lr 0.02 --warmup 0 --steps 4 "
+                               f"{flags} --out_dir {out_dir}", tiny_smt=tiny_smt)
         assert code == 0, err
         return final(out_dir)
 
@@ -341,6 +418,7 @@ def test_the_table_of_flags_is_complete():
     import dmt
     import smt
     for module, table in ((smt, SMT), (dmt, SMT + DMT), (bptt, SMT + BPTT)):
-        tried = {w.removeprefix("--").removeprefix("no-") for line in table for w in line.split() if w.startswith("--")}
-        flags = {f.name for f in dataclasses.fields(module.Config) if f.metadata["group"] != "length"}
+        tried = {w.removeprefix("--").removeprefix("no-") for line in table for w in line.split()
+                 if w.startswith("--")}
+        flags = {f.name for f in dataclasses.fields(module.Config) if f.metadata["group"] != "run"}
         assert flags - tried - WITHOUT == set()

@@ -1,6 +1,7 @@
 """
-Lesson: text is bytes. A byte that UTF-8 never uses ends a story and begins a window; files are mapped, not read;
-what has to be packed is packed once, whole or not at all, and a file that is no text is refused in one line.
+Lesson: text is bytes. A byte that UTF-8 never uses ends a story and begins a window; files are
+mapped, not read; what has to be packed is packed once, whole or not at all, and a file that is no
+text is refused in one line.
 """
 import gzip
 import hashlib
@@ -20,7 +21,8 @@ from sources import files, text
 from data import DataError
 
 SEP = "<|endoftext|>"
-TALE = "Es war einmal eine Größe — 猫と犬, 🐈 e\u0301.\r\nEnde\n"  # two-, three- and four-byte characters
+# two-, three- and four-byte characters
+TALE = "Es war einmal eine Größe — 猫と犬, 🐈 e\u0301.\r\nEnde\n"
 STORIES = [f"Story {i}: über {i * 7}.\n\nThe {'very ' * (i % 5)}end." for i in range(60)]
 V2 = text.STORIES[0]
 
@@ -51,14 +53,16 @@ def tales(tmp_path):
     return tmp_path
 
 
-# --- windows ---------------------------------------------------------------------------------------------
+# --- windows --------------------------------------------------------------------------------------
 
 def test_a_window_is_bos_and_the_text_before(tmp_path):
-    """y is a piece of the file; x is BOS and y one step later; every offset occurs, the first and the last too."""
+    """y is a piece of the file; x is BOS and y one step later; every offset occurs, the first and
+    the last too."""
     content = bytes(range(32, 127)) * 2 + bytes(10)  # 200 bytes: 180 train
     path = put(tmp_path / "a.txt", content)
     d = data.load("text", data_file=str(path), length=5)
-    assert (d.T, d.vocab, d.n_out, d.bos, d.units, d.timestamps, d.image) == (5, 256, 256, 255, "nats/char", False, None)
+    assert (d.T, d.vocab, d.n_out, d.bos) == (5, 256, 256, 255)
+    assert (d.units, d.timestamps, d.image) == ("nats/char", False, None)
     x, y = d.batch(5000, rng())
     assert x.shape == y.shape == (5000, 5) and x.dtype == y.dtype == torch.int64
     assert (x[:, 0] == 255).all() and torch.equal(x[:, 1:], y[:, :-1])
@@ -68,15 +72,18 @@ def test_a_window_is_bos_and_the_text_before(tmp_path):
 
 
 def test_held_out_windows_lie_side_by_side_behind_the_training_text(tmp_path):
-    """Validation and test follow each other after 90 and 95 per cent; the first n of them never change."""
+    """Validation and test follow each other after 90 and 95 per cent; the first n of them never
+    change."""
     content = os.urandom(2000).hex().encode()  # 4000 bytes: 3600, 200, 200
     d = data.load("text", data_file=str(put(tmp_path / "a.txt", content)), length=7)
     for split, begin in (("val", 3600), ("test", 3800)):
         h = d.held_out(split)
-        assert bytes(h["y"].flatten().tolist()) == content[begin:begin + 28 * 7]  # 28 whole windows in 200 bytes
+        # 28 whole windows in 200 bytes
+        assert bytes(h["y"].flatten().tolist()) == content[begin:begin + 28 * 7]
         assert torch.equal(h["x"][:, 1:], h["y"][:, :-1]) and (h["x"][:, 0] == d.bos).all()
         assert h["clean"] is None and h["posterior"] is None
-        assert torch.equal(d.held_out(split, 3)["y"], h["y"][:3]) and len(d.held_out(split, 99)["y"]) == 28
+        assert torch.equal(d.held_out(split, 3)["y"],
+                           h["y"][:3]) and len(d.held_out(split, 99)["y"]) == 28
     assert "3,600 train, 200 val, 200 test" in d.sizes
 
 
@@ -93,13 +100,15 @@ def test_files_are_mapped_not_read(tales, tmp_path):
     zipped = put(tmp_path / "b.gz", TALE.encode() * 50, zipped=True)
     for name, file in (("tinystories", ""), ("text", str(path)), ("text", str(zipped))):
         _, parts = text.load_bytes(name, tales, file)
-        assert all(isinstance(part, np.memmap) and not part.flags.writeable for part in parts.values())
+        assert all(isinstance(part, np.memmap) and not part.flags.writeable
+                   for part in parts.values())
 
 
-# --- characters ------------------------------------------------------------------------------------------
+# --- characters -----------------------------------------------------------------------------------
 
 def test_no_character_is_lost():
-    """Any string comes back, its ids are below 255, and half a character is shown as a replacement."""
+    """Any string comes back, its ids are below 255, and half a character is shown as a
+    replacement."""
     ids = text.to_ids(TALE)
     assert text.to_text(ids) == text.to_text(torch.tensor(ids)) == TALE and max(ids) < 255
     assert text.to_text(text.to_ids("é")[:1]) == "\ufffd"
@@ -130,23 +139,27 @@ def test_the_text_of_a_file_is_all_there(tmp_path):
         assert b"".join(parts[k].tobytes() for k in ("train", "val", "test")) == content
 
 
-# --- stories ---------------------------------------------------------------------------------------------
+# --- stories --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("block", [1, 2, 7, 13, 14, 15, 64, 1 << 20])
 def test_blocks_do_not_show(tales, monkeypatch, block):
-    """However small the blocks, and wherever they cut a separator or a character, the packed stories are the same."""
+    """However small the blocks, and wherever they cut a separator or a character, the packed
+    stories are the same."""
     monkeypatch.setattr(text, "BLOCK", block)
     _, parts = text.load_bytes("tinystories", tales)
     packed = parts["train"].tobytes() + parts["val"].tobytes()
     assert [s.decode() for s in packed.split(b"\xff")] == STORIES + [""]
     assert 0.03 * len(packed) < len(parts["val"]) <= 0.05 * len(packed)
     assert parts["train"][-1] == text.BOUNDARY  # no story lies on both sides
-    assert parts["test"].tobytes() == packed[:len(parts["test"])]  # the validation file holds the first 20 stories
+    # the validation file holds the first 20 stories
+    assert parts["test"].tobytes() == packed[:len(parts["test"])]
 
 
-@pytest.mark.parametrize("sep", [f"\n{SEP}\n", f"\r\n{SEP}\r\n", SEP, f"\n\n{SEP}\n\n", f"\n{SEP}\n{SEP}\n"])
+@pytest.mark.parametrize("sep", [f"\n{SEP}\n", f"\r\n{SEP}\r\n", SEP, f"\n\n{SEP}\n\n",
+                                 f"\n{SEP}\n{SEP}\n"])
 def test_separators_are_written_in_many_ways(tales, sep):
-    """Windows newlines, empty lines and empty stories leave no trace; the last story needs no separator."""
+    """Windows newlines, empty lines and empty stories leave no trace; the last story needs no
+    separator."""
     put(tales / "tinystories" / V2[0], as_file(STORIES, sep) + b"last\n")
     _, parts = text.load_bytes("tinystories", tales)
     packed = parts["train"].tobytes() + parts["val"].tobytes()
@@ -154,9 +167,11 @@ def test_separators_are_written_in_many_ways(tales, sep):
 
 
 @pytest.mark.parametrize("names", [*text.STORIES, ("train.txt", "valid.txt")])
-@pytest.mark.parametrize("folder,zipped", [("", False), ("tinystories", False), ("tinystories", True)])
+@pytest.mark.parametrize("folder,zipped",
+                         [("", False), ("tinystories", False), ("tinystories", True)])
 def test_stories_are_found_where_the_user_put_them(tmp_path, monkeypatch, names, folder, zipped):
-    """Either version, plain or zipped, in data_dir or its tinystories; bare train.txt only there."""
+    """Either version, plain or zipped, in data_dir or its tinystories; bare train.txt only
+    there."""
     monkeypatch.setitem(text.MIRRORS, "tinystories", ())
     for name, n in zip(names, (60, 20)):
         put(tmp_path / folder / (name + ".gz" * zipped), as_file(STORIES[:n]), zipped)
@@ -168,10 +183,11 @@ def test_stories_are_found_where_the_user_put_them(tmp_path, monkeypatch, names,
         assert (y == 255).any() and (x[:, 1:] == 255).any()
 
 
-# --- the packed copy -------------------------------------------------------------------------------------
+# --- the packed copy ------------------------------------------------------------------------------
 
 def test_a_text_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch):
-    """The second load reads nothing but the packed file; another size or time of the source packs anew."""
+    """The second load reads nothing but the packed file; another size or time of the source packs
+    anew."""
     path = put(tmp_path / "a.gz", b"old " * 100, zipped=True)
     load = lambda: text.load_bytes("text", tmp_path, str(path))[1]["train"].tobytes()
     assert load().startswith(b"old ") and len(listing(tmp_path)) == 2
@@ -184,14 +200,16 @@ def test_a_text_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch):
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    """A damaged end of the source, or Ctrl-C in the middle, leaves no packed file behind; the source stays."""
+    """A damaged end of the source, or Ctrl-C in the middle, leaves no packed file behind; the
+    source stays."""
     path = put(tmp_path / "a.gz", os.urandom(3000).hex().encode(), zipped=True)
     whole = path.read_bytes()
     monkeypatch.setattr(text, "BLOCK", 100)
     path.write_bytes(whole[:-50])
     with pytest.raises(DataError) as e:
         text.load_bytes("text", tmp_path, str(path))
-    assert str(e.value).startswith(str(path)) and "\n" not in str(e.value) and listing(tmp_path) == ["a.gz"]
+    assert str(e.value).startswith(str(path)) and "\n" not in str(e.value) and listing(tmp_path) \
+        == ["a.gz"]
     path.write_bytes(whole)
 
     def interrupted(path, real=text.blocks):
@@ -221,7 +239,7 @@ def test_a_folder_that_is_not_for_writing_is_left_alone(tmp_path, cache, capsys)
     assert err.count("\n") == 1 and str(folder) in err and str(cache) in err
 
 
-# --- refusals --------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 NO_TEXT = {
     "byte 255": b"abc " * 50 + b"\xff" + b"abc " * 50,
@@ -246,17 +264,20 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, what):
     assert what == "zipped emptiness" or listing(tmp_path) == ["a.txt"]
 
 
-@pytest.mark.parametrize("content", [b"no story ever ends " * 20, b"<html>sorry</html>", as_file(STORIES) + b"\xff\n"])
+@pytest.mark.parametrize("content", [b"no story ever ends " * 20, b"<html>sorry</html>",
+                                     as_file(STORIES) + b"\xff\n"])
 def test_stories_of_ones_own_must_be_stories(tales, content):
     """A file without a separator, or no UTF-8, is named and stays."""
     path = put(tales / "tinystories" / V2[0], content)
     with pytest.raises(DataError) as e:
         data.load("tinystories", tales, length=8)
-    assert str(e.value).startswith(str(path)) and path.read_bytes() == content and len(listing(tales)) == 2
+    assert str(e.value).startswith(str(path)) and path.read_bytes() == content \
+        and len(listing(tales)) == 2
 
 
 def test_a_megabyte_without_a_separator_is_enough(tales, monkeypatch):
-    """A large file of another kind is refused after its beginning, not after two gigabytes in memory."""
+    """A large file of another kind is refused after its beginning, not after two gigabytes in
+    memory."""
     monkeypatch.setattr(text, "LONGEST", 1000)
     monkeypatch.setattr(text, "BLOCK", 100)
     put(tales / "tinystories" / V2[0], b"a" * 5000 + as_file(STORIES))
@@ -265,11 +286,16 @@ def test_a_megabyte_without_a_separator_is_enough(tales, monkeypatch):
 
 
 @pytest.mark.parametrize("name,options,flag", [
-    ("text", {}, "--data_file"), ("text", dict(data_file=""), "--data_file"), ("text", dict(data_file="."), "--data_file"),
-    ("text", dict(data_file="nowhere.txt"), "--data_file"), ("text", dict(data_file=3), "--data_file"),
-    ("text", dict(length=1, data_file="nowhere.txt"), "--length"), ("tinystories", dict(length=0), "--length"),
-    ("shakespeare", dict(length=-1), "--length"), ("pydoc", dict(length=1), "--length"), ("pydoc", dict(length=2.5), "--length"),
-    ("pydoc", dict(data_file="a.txt"), "--data_file"), ("shakespeare", dict(symbols=3), "--symbols")])
+    ("text", {}, "--data_file"), ("text", dict(data_file=""), "--data_file"),
+    ("text", dict(data_file="."), "--data_file"),
+    ("text", dict(data_file="nowhere.txt"), "--data_file"),
+    ("text", dict(data_file=3), "--data_file"),
+    ("text", dict(length=1, data_file="nowhere.txt"), "--length"),
+    ("tinystories", dict(length=0), "--length"),
+    ("shakespeare", dict(length=-1), "--length"), ("pydoc", dict(length=1), "--length"),
+    ("pydoc", dict(length=2.5), "--length"),
+    ("pydoc", dict(data_file="a.txt"), "--data_file"),
+    ("shakespeare", dict(symbols=3), "--symbols")])
 def test_a_bad_option_is_named(tmp_path, name, options, flag):
     """The one line starts with the flag, before anything is read or fetched."""
     with pytest.raises(DataError) as e:
@@ -286,16 +312,18 @@ def test_the_help_topics_need_no_file(tmp_path):
         data.load("pydoc", length=10 ** 7)
 
 
-# --- downloads, from a server on this machine ------------------------------------------------------------
+# --- downloads, from a server on this machine -----------------------------------------------------
 
 PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
 
 
 @pytest.fixture
 def mirrors(monkeypatch):
-    """mirrors(dataset, kinds..) points the dataset at a local server that answers well or in one bad way."""
+    """mirrors(dataset, kinds..) points the dataset at a local server that answers well or in one
+    bad way."""
     served = {"input.txt": PLAY, V2[0]: as_file(STORIES), V2[1]: as_file(STORIES[:20])}
-    monkeypatch.setattr(text, "SHAKESPEARE", ("input.txt", len(PLAY), hashlib.sha256(PLAY).hexdigest()))
+    monkeypatch.setattr(text, "SHAKESPEARE",
+                        ("input.txt", len(PLAY), hashlib.sha256(PLAY).hexdigest()))
     monkeypatch.setattr(files, "TIMEOUT", 5)
     monkeypatch.setenv("no_proxy", "*")
 
@@ -303,12 +331,14 @@ def mirrors(monkeypatch):
         def do_GET(self):
             kind, name = self.path.strip("/").split("/")
             body = served[name]
-            sent = dict(short=body[:-5], other=body[:-1] + b"!", page=b"<html>log in, please</html>", binary=body + b"\xff\xfe")
+            sent = dict(short=body[:-5], other=body[:-1] + b"!",
+                        page=b"<html>log in, please</html>", binary=body + b"\xff\xfe")
             if kind == "gone":
                 return self.send_error(404)
             self.send_response(200)
             if kind != "unsized":
-                self.send_header("Content-Length", str(len(body if kind == "short" else sent.get(kind, body))))
+                self.send_header("Content-Length",
+                                 str(len(body if kind == "short" else sent.get(kind, body))))
             self.end_headers()
             self.wfile.write(sent.get(kind, body))
 
@@ -316,17 +346,21 @@ def mirrors(monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02),
+                     daemon=True).start()
     yield lambda name, *kinds: monkeypatch.setitem(text.MIRRORS, name, tuple(
-        "http://127.0.0.1:9/" if kind == "dead" else f"http://127.0.0.1:{server.server_port}/{kind}/" for kind in kinds))
+        "http://127.0.0.1:9/" if kind == "dead"
+        else f"http://127.0.0.1:{server.server_port}/{kind}/" for kind in kinds))
     server.shutdown()
     server.server_close()
 
 
-REASONS = dict(dead="refused", gone="404", short="instead of", other="wrong sha256", page="not TinyStories", binary="not UTF-8",
+REASONS = dict(dead="refused", gone="404", short="instead of", other="wrong sha256",
+               page="not TinyStories", binary="not UTF-8",
                unsized="how long")
 FAILURES = [("shakespeare", kind) for kind in ("dead", "gone", "short", "other")] + \
-           [("tinystories", kind) for kind in ("dead", "gone", "short", "unsized", "page", "binary")]
+           [("tinystories", kind)
+            for kind in ("dead", "gone", "short", "unsized", "page", "binary")]
 
 
 @pytest.mark.parametrize("name,kind", FAILURES)
@@ -334,7 +368,8 @@ def test_the_next_mirror_is_tried(tmp_path, mirrors, name, kind):
     """Whatever the first mirror sends, the second one's file is what is kept."""
     mirrors(name, kind, "good")
     data.load(name, tmp_path, length=8)
-    wanted = {"shakespeare": ["shakespeare/input.txt"], "tinystories": [f"tinystories/{n}" for n in V2]}[name]
+    wanted = {"shakespeare": ["shakespeare/input.txt"],
+              "tinystories": [f"tinystories/{n}" for n in V2]}[name]
     assert [f for f in listing(tmp_path) if not f.endswith(".bytes")] == sorted(wanted)
     mirrors(name, "dead")
     data.load(name, tmp_path, length=8)  # downloaded once
@@ -348,17 +383,19 @@ def test_offline_is_one_line(tmp_path, mirrors, name, kind):
         data.load(name, tmp_path, length=8)
     message, file = str(e.value), "input.txt" if name == "shakespeare" else V2[0]
     assert message.startswith(str(tmp_path / name / file)) and "\n" not in message
-    assert text.MIRRORS[name][0] + file in message and REASONS[kind] in message and "--data_dir" in message
+    assert text.MIRRORS[name][0] + file in message and REASONS[kind] in message \
+        and "--data_dir" in message
     assert listing(tmp_path) == []
 
 
-# --- the real files --------------------------------------------------------------------------------------
+# --- the real files -------------------------------------------------------------------------------
 
 REAL = os.environ.get("SMT_DATA_DIR", "")
 
 
 def real(*names):
-    missing = not REAL or not all(any(Path(REAL, n + z).is_file() for z in ("", ".gz")) for n in names)
+    missing = not REAL or not all(any(Path(REAL, n + z).is_file() for z in ("", ".gz"))
+                                  for n in names)
     return pytest.mark.skipif(missing, reason=f"no {' and '.join(names)} in $SMT_DATA_DIR")
 
 
@@ -373,9 +410,11 @@ def test_the_real_shakespeare():
 
 @real("tinystories/train.txt", "tinystories/valid.txt")
 def test_the_real_tinystories(tmp_path):
-    """As many boundaries as separators in the file; read through links, so that nothing is written where it lies."""
+    """As many boundaries as separators in the file; read through links, so that nothing is written
+    where it lies."""
     for name in ("train.txt", "valid.txt"):
-        path = next(p for p in (Path(REAL, "tinystories", name + z) for z in (".gz", "")) if p.is_file())
+        path = next(p for p in (Path(REAL, "tinystories", name + z) for z in (".gz", ""))
+                    if p.is_file())
         (tmp_path / "tinystories").mkdir(exist_ok=True)
         (tmp_path / "tinystories" / path.name).symlink_to(path)
     d = data.load("tinystories", tmp_path)
@@ -389,11 +428,13 @@ def test_the_real_tinystories(tmp_path):
     assert 0.7 < letters < 0.9
 
 
-# --- from the bytes to a story -----------------------------------------------------------------------------
+# --- from the bytes to a story --------------------------------------------------------------------
 
 def test_an_rnn_continues_a_prompt(tmp_path, command):
-    """Two texts, each the prompt and as many bytes as asked for; the same seed writes the same, another seed does not."""
-    code, _, err = command("smt.py --dataset pydoc --length 24 {SIZES} {RUN} --n_val 2 --out_dir {out}", out=tmp_path)
+    """Two texts, each the prompt and as many bytes as asked for; the same seed writes the same,
+    another seed does not."""
+    code, _, err = command("smt.py --dataset pydoc --length 24 {SIZES} {RUN} --n_val 2 "
+                           "--out_dir {out}", out=tmp_path)
     assert code == 0, err
     line = "sample.py --ckpt {out}/ckpt.pt --n 2 --chars 30 --seed {seed} --prompt 'The déjà vu'"
     written = [command(line, out=tmp_path, seed=seed)

@@ -1,4 +1,5 @@
-"""Lesson: the numbers are what they say. A likelihood sums to one over all sequences; drift is 1 - R^2."""
+"""Lesson: the numbers are what they say. A likelihood sums to one over all sequences; drift is 1 -
+R^2."""
 import itertools
 import math
 
@@ -15,7 +16,8 @@ V, L = 2, 4  # all 16 sequences of four binary symbols, as "images" of 2 x 2
 
 
 def every_sequence() -> data.Data:
-    pictures = torch.tensor(list(itertools.product(range(V), repeat=L)), dtype=torch.uint8).view(-1, 2, 2)
+    pictures = torch.tensor(list(itertools.product(range(V), repeat=L)),
+                            dtype=torch.uint8).view(-1, 2, 2)
     return images.image_data("all", dict(train=pictures, val=pictures, test=pictures), V)
 
 
@@ -32,9 +34,11 @@ def nats_of_each(column: str, monkeypatch, **changes) -> torch.Tensor:
     return torch.cat(dict(zip(evaluate.COLUMNS, scores))[column].nats)
 
 
-@pytest.mark.parametrize("column, kind", [("rollout", "causal"), ("teacher", "causal"), ("teacher", "bidirectional")])
+@pytest.mark.parametrize("column, kind", [("rollout", "causal"), ("teacher", "causal"),
+                                          ("teacher", "bidirectional")])
 def test_likelihoods_sum_to_one(column, kind, monkeypatch):
-    """The rollout's and the teacher's numbers are exact log-likelihoods: exp(-nats) over all sequences adds to 1."""
+    """The rollout's and the teacher's numbers are exact log-likelihoods: exp(-nats) over all
+    sequences adds to 1."""
     assert abs(float((-nats_of_each(column, monkeypatch, encoder=kind)).exp().sum()) - 1) < 1e-4
 
 
@@ -46,13 +50,15 @@ def test_language_model_sums_to_one():
     nothing = torch.empty(16, 0, decoder.c.d_model)
     held = task.held_out("test")
     with torch.no_grad():
-        logp = decoder(nothing, held["x"], torch.full((16,), -1)).log_softmax(-1).gather(-1, held["y"][..., None]).sum((1, 2))
+        logp = decoder(nothing, held["x"], torch.full((16,), -1)).log_softmax(-1)
+        logp = logp.gather(-1, held["y"][..., None]).sum((1, 2))
     assert abs(float(logp.exp().sum()) - 1) < 1e-4
     assert abs(got["teacher"] + float(logp.mean())) < 1e-4
 
 
 def test_rollout_is_what_sampling_does(monkeypatch):
-    """Samples come from the distribution that the rollout scores: empirical frequencies match exp(-nats)."""
+    """Samples come from the distribution that the rollout scores: empirical frequencies match
+    exp(-nats)."""
     _, _, rnn = nets()
     probability = (-nats_of_each("rollout", monkeypatch)).exp()
     with torch.no_grad():
@@ -70,7 +76,8 @@ def test_teacher_is_the_encoder_at_every_time():
         with torch.no_grad():
             logits = decoder(encoder(held["x"][:, :t + 1], torch.tensor([t]))[:, 0])[:, 0]
         total += torch.nn.functional.cross_entropy(logits, held["y"][:, t])
-    assert abs(evaluate.evaluate(task, rnn, encoder, decoder, "test")["teacher"] - float(total)) < 1e-4
+    assert abs(evaluate.evaluate(task, rnn, encoder, decoder,
+                                 "test")["teacher"] - float(total)) < 1e-4
 
 
 def test_drift_is_one_minus_r_squared():
@@ -88,7 +95,8 @@ def test_drift_is_one_minus_r_squared():
 
 
 def test_bayes_and_excess():
-    """The floor is the exact entropy of retrieval's noisy label; a uniform guess exceeds it by log S minus it."""
+    """The floor is the exact entropy of retrieval's noisy label; a uniform guess exceeds it by log
+    S minus it."""
     task = data.load("retrieval", length=8, symbols=4, noise=0.4)
     encoder, decoder, rnn = networks(vocab=task.vocab, n_out=4, T=8, ctx_len=8, fut_len=8)
     torch.nn.init.zeros_(rnn.readout.head.weight)
@@ -110,11 +118,15 @@ def test_evaluation_uses_no_random_numbers():
 
 
 def test_the_rollout_goes_on_where_labels_end():
-    """With a causal context shorter than the windows the RNN is still scored on all of them, as a BPTT run would be."""
+    """With a causal context shorter than the windows the RNN is still scored on all of them, as a
+    BPTT run would be."""
     task = data.load("pydoc", length=12)
-    encoder, decoder, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=5, fut_len=3, timestamps=False)
-    got, alone = evaluate.evaluate(task, rnn, encoder, decoder, "val", 7), evaluate.evaluate(task, rnn, None, None, "val", 7)
-    assert got["rollout"] == pytest.approx(alone["rollout"]) and got["late"]["rollout"] == pytest.approx(alone["late"]["rollout"])
+    encoder, decoder, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=5, fut_len=3,
+                                     timestamps=False)
+    got = evaluate.evaluate(task, rnn, encoder, decoder, "val", 7)
+    alone = evaluate.evaluate(task, rnn, None, None, "val", 7)
+    assert got["rollout"] == pytest.approx(alone["rollout"])
+    assert got["late"]["rollout"] == pytest.approx(alone["late"]["rollout"])
     assert len(got["drift_by_time"]) == 5 and got["late"]["teacher"] is None  # no label at t >= 6
     assert got["rollout"] != pytest.approx(got["late"]["rollout"])
 
@@ -125,7 +137,8 @@ def test_late_means_the_second_half():
     _, _, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=12, timestamps=False)
     held = task.held_out("val", 7)
     with torch.no_grad():
-        logp = rnn.logits(rnn.memories(held["x"])).log_softmax(-1).gather(-1, held["y"][..., None])[..., 0]
+        logp = rnn.logits(rnn.memories(held["x"])).log_softmax(-1)
+        logp = logp.gather(-1, held["y"][..., None])[..., 0]
     got = evaluate.evaluate(task, rnn, None, None, "val", 7)
     assert got["late"]["rollout"] == pytest.approx(float(-logp[:, 6:].mean()), rel=1e-4)
 
@@ -133,4 +146,5 @@ def test_late_means_the_second_half():
 def test_one_sequence_has_no_standard_error():
     """With N = 1 there is none to report."""
     task = data.load("retrieval", length=8)
-    assert evaluate.evaluate(task, networks(vocab=task.vocab, n_out=8, T=8)[2], n=1)["stderr"] is None
+    assert evaluate.evaluate(task, networks(vocab=task.vocab, n_out=8, T=8)[2],
+                             n=1)["stderr"] is None

@@ -1,4 +1,5 @@
-"""Lesson: one RNN, three updaters. Whatever is inside, memory and an event go in, memory of the same shape comes out."""
+"""Lesson: one RNN, three updaters. Whatever is inside, memory and an event go in, memory of the
+same shape comes out."""
 import pytest
 import torch
 from tiny import B, K, D, T, V, networks, sequences
@@ -16,7 +17,8 @@ def moment(n=B):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_in_memory_out(kind):
-    """update keeps the shape (N, K, d), and every memory token of the result has root-mean-square 1."""
+    """update keeps the shape (N, K, d), and every memory token of the result has root-mean-square
+    1."""
     _, _, rnn = networks(rnn=kind)
     m = rnn.update(*moment())
     assert m.shape == (B, K, D)
@@ -25,7 +27,8 @@ def test_memory_in_memory_out(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_an_update_depends_on(kind):
-    """Each sequence's new memory depends on its own memory, symbol and time, and on no other sequence's."""
+    """Each sequence's new memory depends on its own memory, symbol and time, and on no other
+    sequence's."""
     _, _, rnn = networks(rnn=kind)
     m, x, t = moment()
     base = rnn.update(m, x, t)
@@ -46,12 +49,14 @@ def test_without_timestamps_an_update_ignores_the_time(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_add_up(kind):
     """More layers, more parameters; a GRU is one cell."""
-    sizes = [sum(p.numel() for p in networks(rnn=kind, rnn_layers=n)[2].updater.parameters()) for n in (1, 2)]
+    sizes = [sum(p.numel() for p in networks(rnn=kind, rnn_layers=n)[2].updater.parameters())
+             for n in (1, 2)]
     assert sizes[0] == sizes[1] if kind == "gru" else sizes[0] < sizes[1]
 
 
 def test_mlp_starts_as_a_small_step():
-    """A residual MLP changes the memory little at first, so that a long rollout begins near the identity."""
+    """A residual MLP changes the memory little at first, so that a long rollout begins near the
+    identity."""
     _, _, rnn = networks(rnn="mlp")
     m, x, t = moment(50)
     assert (rnn.update(m, x, t) - m).square().mean() < 0.7 * m.square().mean()
@@ -64,7 +69,8 @@ def test_every_script_knows_every_backbone(kind, command, tmp_path):
                  "dmt.py --ckpt {out}/smt/ckpt.pt {RUN} --out_dir {out}/dmt",
                  "bptt.py --init {out}/dmt/ckpt.pt {RUN} --out_dir {out}/post",
                  "bptt.py {TINY} --rnn {kind} --out_dir {out}/bptt",
-                 "evaluate.py --ckpt {out}/post/ckpt.pt --n_test 5", "sample.py --ckpt {out}/bptt/ckpt.pt --n 2"):
+                 "evaluate.py --ckpt {out}/post/ckpt.pt --n_test 5",
+                 "sample.py --ckpt {out}/bptt/ckpt.pt --n 2"):
         code, _, err = command(line, kind=kind, out=tmp_path)
         assert code == 0, err
     x, _ = sequences(n=2, length=8)

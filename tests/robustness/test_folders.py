@@ -1,6 +1,7 @@
 """
-Lesson: a folder of pictures is a dataset. Whatever its colours and shapes, a picture becomes ink on white; what cannot
-be read is skipped and counted; sketches of one photo never face each other across a split.
+Lesson: a folder of pictures is a dataset. Whatever its colours and shapes, a picture becomes ink on
+white; what cannot be read is skipped and counted; sketches of one photo never face each other
+across a split.
 """
 import os
 from pathlib import Path
@@ -18,7 +19,8 @@ from data import DataError
 
 @pytest.fixture
 def album(tmp_path):
-    """A folder with 60 pictures of 16x16, in subfolders: number i is written in binary in the first row's blocks."""
+    """A folder with 60 pictures of 16x16, in subfolders: number i is written in binary in the first
+    row's blocks."""
     for i in range(60):
         bits = np.array([i >> k & 1 for k in range(8)], np.uint8)
         grey = np.full((16, 16), 255, np.uint8)
@@ -39,10 +41,11 @@ def ink(picture, size, tmp_path, suffix=".png", **options):
     return torch.from_numpy(pictures.read_ink(path, size))
 
 
-# --- one picture -----------------------------------------------------------------------------------------
+# --- one picture ----------------------------------------------------------------------------------
 
 def test_a_quarter_of_black_is_ink(tmp_path):
-    """Each pixel is the mean of its block; 16 black of 64 are enough, 15 are not, and neither is the same grey a bit paler."""
+    """Each pixel is the mean of its block; 16 black of 64 are enough, 15 are not, and neither is
+    the same grey a bit paler."""
     grey = np.full((64, 64), 255, np.uint8)
     grey[:2, :8] = 0           # block (0, 0): 16 of 64
     grey[:2, 8:15] = 0         # block (0, 1): 14 of 64
@@ -66,8 +69,10 @@ def marked(mode):
 
 
 @pytest.mark.parametrize("mode,suffix", [
-    ("1", ".png"), ("L", ".png"), ("P", ".png"), ("RGB", ".png"), ("LA", ".png"), ("RGBA", ".png"), ("I;16", ".png"),
-    ("transparent palette", ".png"), ("RGB", ".jpg"), ("CMYK", ".jpeg"), ("P", ".gif"), ("RGB", ".bmp")])
+    ("1", ".png"), ("L", ".png"), ("P", ".png"), ("RGB", ".png"), ("LA", ".png"), ("RGBA", ".png"),
+    ("I;16", ".png"),
+    ("transparent palette", ".png"), ("RGB", ".jpg"), ("CMYK", ".jpeg"), ("P", ".gif"),
+    ("RGB", ".bmp")])
 def test_every_mode_is_the_same_drawing(tmp_path, mode, suffix):
     """Palettes, greys, 16 bits and transparency all say: black square, white paper."""
     expected = torch.zeros(8, 8, dtype=torch.uint8)
@@ -84,12 +89,14 @@ def test_a_transparent_key_colour_is_white(tmp_path):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_picture_that_is_not_square_gets_white_margins(tmp_path, wide):
-    """Its longer side fills the square, the shorter one is centred; nothing is cut off or stretched."""
+    """Its longer side fills the square, the shorter one is centred; nothing is cut off or
+    stretched."""
     got = ink(Image.new("L", (40, 20) if wide else (20, 40), 0), 16, tmp_path)
     expected = torch.zeros(16, 16, dtype=torch.uint8)
     expected[4:12] = 1
     assert torch.equal(got, expected if wide else expected.T)
-    assert ink(Image.new("L", (400, 1) if wide else (1, 400), 0), 16, tmp_path).sum() == 16  # a hair stays a line
+    # a hair stays a line
+    assert ink(Image.new("L", (400, 1) if wide else (1, 400), 0), 16, tmp_path).sum() == 16
 
 
 def test_a_small_picture_is_enlarged(tmp_path):
@@ -98,7 +105,7 @@ def test_a_small_picture_is_enlarged(tmp_path):
     assert got.sum() == 32 and got[:4, :4].all() and got[4:, 4:].all()
 
 
-# --- folders ---------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 def test_every_picture_is_in_one_split(album):
     """All 60 pictures arrive once, from all subfolders, as black and white sequences."""
@@ -124,12 +131,14 @@ def test_another_picture_moves_none(album):
 def test_the_shares_are_about_right(album, monkeypatch):
     """Of 2,000 names 5 per cent validate and 10 test."""
     monkeypatch.setattr(pictures, "read_ink", lambda path, size: np.zeros((size, size), np.uint8))
-    _, split = pictures.pack_pictures(album, [album / f"{i}.png" for i in range(2000)], 8, by_photo=False)
+    _, split = pictures.pack_pictures(album, [album / f"{i}.png" for i in range(2000)], 8,
+                                      by_photo=False)
     assert abs((split == 1).mean() - 0.05) < 0.02 and abs((split == 2).mean() - 0.10) < 0.03
 
 
 def test_sketches_of_one_photo_stay_together(tmp_path):
-    """class/photo-n.png: whatever n, the photo is on one side; another class's photo of that name is another photo."""
+    """class/photo-n.png: whatever n, the photo is on one side; another class's photo of that name
+    is another photo."""
     folder, n = tmp_path / "sketchy", 0
     for name in ("hot-air_balloon", "bee"):
         (folder / name).mkdir(parents=True)
@@ -137,7 +146,8 @@ def test_sketches_of_one_photo_stay_together(tmp_path):
             code = 40 * (name == "bee") + photo
             bits = np.array([code >> k & 1 for k in range(8)], np.uint8)
             for sketch in range(3):
-                Image.fromarray(np.tile(255 * (1 - bits), (8, 1))).save(folder / name / f"n0{photo}_1-{sketch}.png")
+                Image.fromarray(np.tile(255 * (1 - bits),
+                                        (8, 1))).save(folder / name / f"n0{photo}_1-{sketch}.png")
     got = {k: numbers(v) for k, v in pictures.folder_images("sketchy", tmp_path, 8).items()}
     assert all(split.count(code) == 3 for split in got.values() for code in set(split))
     assert sum(map(len, got.values())) == 240
@@ -157,13 +167,15 @@ def test_the_archive_is_found_as_it_unpacks(tmp_path, place):
     assert sum(map(len, pictures.folder_images("sketchy", tmp_path, 8).values())) == 60
 
 
-# --- broken things ---------------------------------------------------------------------------------------
+# --- broken things --------------------------------------------------------------------------------
 
 def test_what_is_no_picture_is_skipped_and_counted(album, capsys, monkeypatch):
-    """Text, nothing, a cut file, a folder, a giant: one line names three and counts all; the rest is learnt."""
+    """Text, nothing, a cut file, a folder, a giant: one line names three and counts all; the rest
+    is learnt."""
     (album / "0text.png").write_text("not a picture")
     (album / "1empty.jpg").write_bytes(b"")
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(20, 20), dtype=np.uint8)).save(album / "2cut.png")
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(20, 20),
+                                                      dtype=np.uint8)).save(album / "2cut.png")
     (album / "2cut.png").write_bytes((album / "2cut.png").read_bytes()[:250])  # of about 470 bytes
     (album / "3folder.png").mkdir()
     monkeypatch.setattr(pictures, "LARGEST", 1000)
@@ -174,7 +186,8 @@ def test_what_is_no_picture_is_skipped_and_counted(album, capsys, monkeypatch):
     assert sum(map(len, got.values())) == 60
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "skipped 6 of 66" in err
-    assert all(name in err for name in ("0text.png", "1empty.jpg", "2cut.png")) and "4giant" not in err
+    assert all(name in err
+               for name in ("0text.png", "1empty.jpg", "2cut.png")) and "4giant" not in err
 
 
 def test_a_giant_is_refused_before_it_is_unpacked(tmp_path, recwarn):
@@ -190,7 +203,8 @@ def test_a_giant_is_refused_before_it_is_unpacked(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("name,prepare,message", [
-    ("images", lambda f: None, "no picture in it"), ("images", lambda f: f.rmdir(), "no such folder"),
+    ("images", lambda f: None, "no picture in it"),
+    ("images", lambda f: f.rmdir(), "no such folder"),
     ("images", lambda f: (f / "a.png").write_text("text"), "none of the 1 pictures"),
     ("images", lambda f: Image.new("L", (8, 8)).save(f / "a.png"), "too few"),
     ("sketchy", lambda f: Image.new("L", (8, 8)).save(f / "a.png"), "sketchy.eye.gatech.edu")])
@@ -213,13 +227,15 @@ def test_a_bad_size_is_named_first(tmp_path, name, size):
     assert str(e.value).startswith("--image_size")
 
 
-# --- the packed copy -------------------------------------------------------------------------------------
+# --- the packed copy ------------------------------------------------------------------------------
 
 def test_pictures_are_read_once(album, monkeypatch):
-    """The second load opens no picture; another size, a new picture or a changed one is read anew."""
+    """The second load opens no picture; another size, a new picture or a changed one is read
+    anew."""
     read = []
     real = pictures.read_ink
-    monkeypatch.setattr(pictures, "read_ink", lambda path, size: read.append(path) or real(path, size))
+    monkeypatch.setattr(pictures, "read_ink", lambda path,
+                        size: read.append(path) or real(path, size))
     load = lambda size=8: pictures.folder_images("images", album, size)
     first, second = load(), load()
     assert len(read) == 60 and all(torch.equal(first[k], second[k]) for k in first)
@@ -276,14 +292,16 @@ def test_a_folder_that_is_not_for_writing_is_left_alone(album, cache, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- the real sketches -----------------------------------------------------------------------------------
+# --- the real sketches ----------------------------------------------------------------------------
 
 REAL = Path(os.environ.get("SMT_DATA_DIR") or "absent")
 
 
-@pytest.mark.skipif(not list(REAL.glob("sketch/png/*/*.png")), reason="no sketch/png/<class>/*.png in $SMT_DATA_DIR")
+@pytest.mark.skipif(not list(REAL.glob("sketch/png/*/*.png")),
+                    reason="no sketch/png/<class>/*.png in $SMT_DATA_DIR")
 def test_the_real_sketches(monkeypatch, cache):
-    """Strokes survive at 64x64: about 6 per cent ink and no empty picture; nothing is written where they lie."""
+    """Strokes survive at 64x64: about 6 per cent ink and no empty picture; nothing is written where
+    they lie."""
     before = set(REAL.iterdir()), set((REAL / "sketch/png").iterdir())
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == cache)
     got = pictures.folder_images("sketchy", REAL, 64)
@@ -294,14 +312,16 @@ def test_the_real_sketches(monkeypatch, cache):
     grey = torch.from_numpy(np.asarray(Image.open(path).convert("L"), np.float32))
     if grey.shape == (256, 256):
         blocks = (255 - grey).view(64, 4, 64, 4).mean((1, 3)) / 255
-        assert torch.equal(torch.from_numpy(pictures.read_ink(path, 64)), (blocks >= 0.25).to(torch.uint8))
+        assert torch.equal(torch.from_numpy(pictures.read_ink(path, 64)),
+                           (blocks >= 0.25).to(torch.uint8))
     assert before == (set(REAL.iterdir()), set((REAL / "sketch/png").iterdir()))
 
 
-# --- the same pictures, the same text, wherever a checkpoint is used --------------------------------------------
+# --- the same pictures, the same text, wherever a checkpoint is used ------------------------------
 
 def test_own_pictures_stay_those_trained_on(command, tmp_path, monkeypatch):
-    """dmt, evaluate and sample --prefix of a run on own pictures look where it was trained, not where other data lies."""
+    """dmt, evaluate and sample --prefix of a run on own pictures look where it was trained, not
+    where other data lies."""
     monkeypatch.setattr(pictures, "SHARE", dict(val=30, test=30))
     mine, other = tmp_path / "pictures", tmp_path / "other"
     for folder, n in ((mine, 30), (other, 60)):
@@ -310,7 +330,8 @@ def test_own_pictures_stay_those_trained_on(command, tmp_path, monkeypatch):
             Image.new("L", (8, 8), 255 * (i % 2)).save(folder / f"{i}.png")
     monkeypatch.setattr(flags.Config, "data_dir", str(other))
     monkeypatch.chdir(tmp_path)
-    code, _, err = command("smt.py --dataset images --image_size 8 --data_dir pictures {SIZES} {RUN} --n_val 2 --out_dir run/smt")
+    code, _, err = command("smt.py --dataset images --image_size 8 --data_dir pictures {SIZES} "
+                           "{RUN} --n_val 2 --out_dir run/smt")
     assert code == 0, err
     monkeypatch.chdir(tmp_path / "run")
     assert command("dmt.py --ckpt smt/ckpt.pt {RUN} --n_val 2 --out_dir dmt")[0] == 0
@@ -326,15 +347,18 @@ def test_own_pictures_stay_those_trained_on(command, tmp_path, monkeypatch):
 
 
 def test_own_text_stays_the_one_trained_on(command, tmp_path, monkeypatch):
-    """A run on a text of one's own is evaluated from any folder, and finds the text again when it has moved."""
+    """A run on a text of one's own is evaluated from any folder, and finds the text again when it
+    has moved."""
     (tmp_path / "tale.txt").write_text("once upon a time " * 200)
     monkeypatch.chdir(tmp_path)
-    assert command("smt.py --dataset text --data_file tale.txt --length 8 {SIZES} {RUN} --n_val 2 --out_dir run")[0] == 0
+    assert command("smt.py --dataset text --data_file tale.txt --length 8 {SIZES} {RUN} --n_val 2 "
+                   "--out_dir run")[0] == 0
     monkeypatch.chdir("run")
     assert command("evaluate.py --ckpt ckpt.pt --n_test 2")[0] == 0
     (tmp_path / "tale.txt").rename(tmp_path / "moved.txt")
     code, _, err = command("evaluate.py --ckpt ckpt.pt --n_test 2")
     assert code == 2 and "--data_file" in err
-    for line in ("evaluate.py --ckpt ckpt.pt --n_test 2", "bptt.py --init ckpt.pt {RUN} --n_val 2 --out_dir bptt"):
+    for line in ("evaluate.py --ckpt ckpt.pt --n_test 2",
+                 "bptt.py --init ckpt.pt {RUN} --n_val 2 --out_dir bptt"):
         code, _, err = command(line + " --data_file ../moved.txt")
         assert code == 0, err

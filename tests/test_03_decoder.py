@@ -4,7 +4,8 @@ from tiny import B, D, K, T, V, networks, sequences
 
 
 def test_causality():
-    """Output k does not change when a future input behind it changes, and does when one before it changes."""
+    """Output k does not change when a future input behind it changes, and does when one before it
+    changes."""
     _, decoder, _ = networks()
     m, x = torch.randn(B, K, D), torch.randint(V, (B, 6))
     t = torch.tensor([0, 2, 4])
@@ -23,7 +24,8 @@ def test_every_output_reads_the_memory():
     m, x = torch.randn(B, K, D), torch.randint(V, (B, 4))
     other = m.clone()
     other[:, 0] += 1
-    change = (decoder(other, x, torch.zeros(B, dtype=torch.int64)) - decoder(m, x, torch.zeros(B, dtype=torch.int64))).abs()
+    t = torch.zeros(B, dtype=torch.int64)
+    change = (decoder(other, x, t) - decoder(m, x, t)).abs()
     assert (change.amax((0, 2)) > 1e-5).all()
 
 
@@ -35,12 +37,14 @@ def test_without_memory_it_is_a_language_model():
     assert before.shape == (B, T, V)
     other = x.clone()
     other[:, 5] = (x[:, 5] + 1) % V
-    change = (decoder(torch.empty(B, 0, D), other, torch.full((B,), -1)) - before).abs().amax((0, 2))
+    after = decoder(torch.empty(B, 0, D), other, torch.full((B,), -1))
+    change = (after - before).abs().amax((0, 2))
     assert (change[:5] == 0).all() and (change[5:] > 1e-5).all()
 
 
 def test_timestamps_are_those_of_the_tokens():
-    """The same future at another time gives other predictions, unless timestamps are switched off."""
+    """The same future at another time gives other predictions, unless timestamps are switched
+    off."""
     for on in (True, False):
         _, decoder, _ = networks(timestamps=on)
         m, x = torch.randn(1, K, D), torch.tensor([[1, 2]])

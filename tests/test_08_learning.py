@@ -1,23 +1,30 @@
-"""Lesson: it works. Memory supervised by a Transformer teaches an RNN to remember, without a rollout."""
+"""Lesson: it works. Memory supervised by a Transformer teaches an RNN to remember, without a
+rollout."""
 import pytest
 import tiny
 import torch
+from tiny import recipe
 
 import dmt
 import muon
 import smt
 from evaluate import evaluate, networks
 from model import load_checkpoint
-from trainer import load_data, make_optimizers
+from flags import load_data
+from trainer import make_optimizers
 
 
 def test_smt_then_dmt_learns_retrieval(tmp_path):
-    """A tiny RNN that never saw backpropagation through time carries a symbol over the whole sequence."""
+    """A tiny RNN that never saw backpropagation through time carries a symbol over the whole
+    sequence."""
     common = ["--eval_every", "0", "--ckpt_every", "0", "--log_every", "100", "--threads", "1"]
-    smt.main(["--dataset", "retrieval", "--length", "10", "--symbols", "4", "--d_model", "32", "--n_heads", "2",
-              "--mem_tokens", "2", "--enc_layers", "2", "--dec_layers", "1", "--rnn_layers", "1", "--steps", "400", "--batch_size", "32",
+    smt.main(["--dataset", "retrieval", "--length", "10", "--symbols", "4", "--d_model", "32",
+              "--n_heads", "2",
+              "--mem_tokens", "2", "--enc_layers", "2", "--dec_layers", "1", "--rnn_layers", "1",
+              "--steps", "400", "--batch_size", "32",
               "--out_dir", str(tmp_path / "smt"), *common])
-    dmt.main(["--ckpt", str(tmp_path / "smt" / "ckpt.pt"), "--steps", "150", "--out_dir", str(tmp_path / "dmt"), *common])
+    dmt.main(["--ckpt", str(tmp_path / "smt" / "ckpt.pt"), "--steps", "150", "--out_dir",
+              str(tmp_path / "dmt"), *common])
     ckpt = load_checkpoint(str(tmp_path / "dmt" / "ckpt.pt"))
     task = load_data(ckpt["config"], "cpu")
     accuracy = evaluate(task, *networks(ckpt, "cpu"), n=500)["accuracy"]
@@ -27,43 +34,51 @@ def test_smt_then_dmt_learns_retrieval(tmp_path):
 
 @pytest.mark.parametrize("rnn", ["transformer", "mlp", "gru"])
 def test_muon_takes_the_matrices_and_adamw_the_rest(rnn):
-    """Every trained parameter has exactly one optimiser; no embedding, register, m_0 or head is orthogonalised."""
+    """Every trained parameter has exactly one optimiser; no embedding, register, m_0 or head is
+    orthogonalised."""
     nets = dict(zip(("encoder", "decoder", "rnn"), tiny.networks(rnn=rnn)))
-    groups = [[*nets["encoder"].parameters(), *nets["decoder"].parameters()], [*nets["rnn"].updater.parameters()]]
+    groups = [[*nets["encoder"].parameters(), *nets["decoder"].parameters()],
+              [*nets["rnn"].updater.parameters()]]
     names = {id(p): f"{net}.{name}" for net in nets for name, p in nets[net].named_parameters()}
     trained = {names[id(p)] for group in groups for p in group}
     taken = [{names[id(p)] for g in optimizer.param_groups for p in g["params"]}
-             for optimizer in make_optimizers(smt.Config(), nets, groups, "cpu")]
+             for optimizer in make_optimizers(recipe(smt), nets, groups, "cpu")]
     assert taken[0] | taken[1] == trained and not taken[0] & taken[1]
-    assert not [name for name in taken[1] if any(w in name for w in ("symbol", "time", "registers", "m0", "head", "bias"))]
+    assert not [name for name in taken[1]
+                if any(w in name for w in ("symbol", "time", "registers", "m0", "head", "bias"))]
     assert {"encoder.blocks.0.w_qkv.weight", "decoder.blocks.1.w_down.weight"} <= taken[1]
-    one, = make_optimizers(smt.Config(optimizer="adamw"), nets, groups, "cpu")
+    one, = make_optimizers(recipe(smt, optimizer="adamw"), nets, groups, "cpu")
     assert {names[id(p)] for g in one.param_groups for p in g["params"]} == trained
 
 
 def test_a_step_of_muon_is_orthogonal():
-    """Its step on a square matrix has nearly equal singular values, however unequal those of the gradient are."""
+    """Its step on a square matrix has nearly equal singular values, however unequal those of the
+    gradient are."""
     torch.manual_seed(0)
     block = torch.nn.ModuleDict(dict(w_a=torch.nn.Linear(16, 16, bias=False)))
     w = block["w_a"].weight
     before = w.detach().clone()
-    optimizer, = make_optimizers(smt.Config(lr=1.0), dict(net=block), [[w]], "cpu")
+    optimizer, = make_optimizers(recipe(smt, lr=1.0), dict(net=block), [[w]], "cpu")
     u, v = torch.linalg.svd(torch.randn(16, 16))[::2]
-    w.grad = u @ torch.logspace(0, -1.3, 16).diag() @ v                         # singular values from 1 to 1/20
+    # singular values from 1 to 1/20
+    w.grad = u @ torch.logspace(0, -1.3, 16).diag() @ v
     optimizer.step()
     spread = torch.linalg.svdvals(w.detach() - before)
     assert spread[0] / spread[-1] < 2
 
 
 def test_muon_takes_the_steps_of_torchs():
-    """Ten steps on two shapes agree with torch.optim.Muon, which orthogonalises in bf16 (8 bits), one matrix at a time."""
+    """Ten steps on two shapes agree with torch.optim.Muon, which orthogonalises in bf16 (8 bits),
+    one matrix at a time."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon of its own to compare with; 2.9 has")
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(0.1 * torch.randn(shape)) for shape in [(12, 4), (4, 12), (12, 4)]]
-    start, theirs = [p.detach().clone() for p in ours], [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    pair = [muon.Muon(ours, lr=0.01), torch.optim.Muon(theirs, lr=0.01, momentum=0.95, weight_decay=0.01,
-                                                       adjust_lr_fn="match_rms_adamw")]
+    start = [p.detach().clone() for p in ours]
+    theirs = [torch.nn.Parameter(p.clone()) for p in start]
+    pair = [muon.Muon(ours, lr=0.01),
+            torch.optim.Muon(theirs, lr=0.01, momentum=0.95, weight_decay=0.01,
+                             adjust_lr_fn="match_rms_adamw")]
     for _ in range(10):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn_like(p)
