@@ -175,6 +175,24 @@ def matmul_rate(device: str, n: int = 2048) -> float:
     return 2 * n ** 3 / best
 
 
+def comparisons(a, device: str) -> dict:
+    """What is compared: (one way's name, the way, the other's name, the other)."""
+    sizes, pairs = [{}], {}
+    if a.dataset == "mnist" and a.preset == "laptop":
+        sizes = [dict(image_size=14), dict(image_size=28)]
+    for size in sizes:
+        b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile, **size)
+        reference, at = ("reference", b.smt_reference), f", T = {b.task.T}"
+        pairs |= {
+            "SMT" + at: ("ours", b.smt_ours, *reference),
+            "SMT, many transitions" + at: ("ours", lambda b=b: b.smt_ours(12, 15, 8), *reference),
+            "SMT, one transition" + at: ("ours", lambda b=b: b.smt_ours(1, 2, 1), *reference),
+            "DMT" + at: ("ours, a whole round", b.dmt_ours, "reference, a step", b.dmt_reference),
+            "SMT and BPTT" + at: ("SMT", b.smt_ours, "BPTT", b.bptt),
+        }
+    return pairs
+
+
 def main(argv) -> None:
     p = parser("bench.py", __doc__)
     p.add_argument("--preset", choices=presets.PRESETS, default="laptop",
@@ -196,20 +214,8 @@ def main(argv) -> None:
     demand("seconds", a.seconds, 0, 1e6)
     if a.threads:
         torch.set_num_threads(a.threads)
-    device, sizes = pick_device(a.device), [{}]
-    if a.dataset == "mnist" and a.preset == "laptop":
-        sizes = [dict(image_size=14), dict(image_size=28)]
-    pairs = {}
-    for size in sizes:
-        b = Bench(a.preset, a.dataset, device, a.data_dir, a.compile, **size)
-        reference, at = ("reference", b.smt_reference), f", T = {b.task.T}"
-        pairs |= {
-            "SMT" + at: ("ours", b.smt_ours, *reference),
-            "SMT, many transitions" + at: ("ours", lambda b=b: b.smt_ours(12, 15, 8), *reference),
-            "SMT, one transition" + at: ("ours", lambda b=b: b.smt_ours(1, 2, 1), *reference),
-            "DMT" + at: ("ours, a whole round", b.dmt_ours, "reference, a step", b.dmt_reference),
-            "SMT and BPTT" + at: ("SMT", b.smt_ours, "BPTT", b.bptt),
-        }
+    device = pick_device(a.device)
+    pairs = comparisons(a, device)
     rate, rows = matmul_rate(device), []
     for what, (one, way, other, plain) in pairs.items():
         got = interleaved({one: way, other: plain}, a.seconds, device)

@@ -78,6 +78,7 @@ def main(argv) -> None:
         run.set_learning_rate()
         x, y = task.batch(cfg.batch_size, run.gen)                              # (B, T) each
         m, loss, targets = None, 0.0, (y >= 0).sum().clamp(min=1)
+        # Backward after each piece: with --truncate the graph of one piece is all that is kept.
         for t in range(0, task.T, span):
             part = y[:, t:t + span]
             with autocast(device):

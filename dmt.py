@@ -133,19 +133,23 @@ def sequential_layers(c: ModelConfig, cfg: Config, horizon: int) -> tuple[int, i
     return c.enc_layers + updates * c.update_layers, c.update_layers + c.dec_layers
 
 
-def main(argv) -> None:
-    cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
+def demand_teacher(ckpt: dict | None) -> None:
+    """Refuse a run without one. Raises UserError."""
     if ckpt is None:
         fail("--ckpt is missing; give a checkpoint of smt.py, such as runs/smt-glyphs/ckpt.pt")
     if "encoder" not in ckpt or "rnn" not in ckpt:
-        fail(f"--ckpt {cfg.ckpt} holds no encoder (it is from {ckpt['script']}.py); "
+        fail(f"--ckpt {ckpt['path']} holds no encoder (it is from {ckpt['script']}.py); "
              "give one of smt.py")
+
+
+def main(argv) -> None:
+    cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
+    demand_teacher(ckpt)
     device, task = trainer.setup(cfg, ckpt)
-    nets = {name: net.to(device) for name, net in
-            zip(("encoder", "decoder", "rnn"), build(ckpt, "encoder", "decoder", "rnn"))}
-    encoder, decoder, rnn = nets.values()
+    encoder, decoder, rnn = (net.to(device) for net in build(ckpt, "encoder", "decoder", "rnn"))
     for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
         p.requires_grad_(False)  # the teacher stays as it is; updater and readout learn
+    nets = dict(encoder=encoder, decoder=decoder, rnn=rnn)
     trained = [[*rnn.updater.parameters()], [*rnn.readout.parameters()]]
     c = rnn.c
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T

@@ -236,7 +236,7 @@ class Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.sums["count"] = self.sums.get("count", 0) + 1
-        # a short memory at first, or the random first weights would stay in the average for long
+        # A short memory at first, or the random first weights would stay in the average for long
         decay = min(self.cfg.ema, (self.step + 1) / (self.step + 10))
         for slow, fast in zip(self.average, self.parameters()):
             slow.lerp_(fast.detach(), 1 - decay)
@@ -280,6 +280,7 @@ class Run:
     def record(self, row: dict) -> None:
         """Add to the history, one row a step. log.csv is the whole of it, so a resumed run leaves
         no gap or double."""
+        # an evaluation after a log line of the same step joins its row
         row = dict(step=self.step, seconds=round(self.elapsed(), 2), tokens=self.tokens,
                    layers=self.layers) | row
         if self.history and self.history[-1]["step"] == self.step:

@@ -99,8 +99,8 @@ def test_the_teacher_draws_from_what_it_predicts(kind, monkeypatch):
     import sample
     encoder, decoder, _ = networks(encoder=kind)
     seen, choose = [], sample.pick
-    monkeypatch.setattr(sample, "pick", lambda logits,
-                        *a: seen.append(logits) or choose(logits, *a))
+    keep = lambda logits, *a: seen.append(logits) or choose(logits, *a)
+    monkeypatch.setattr(sample, "pick", keep)
     out = sample.generate_teacher(encoder, decoder, 4, T, torch.Generator().manual_seed(0))
     x = torch.cat([torch.full((4, 1), encoder.c.vocab - 1), out[:, :-1]], dim=1)
     with torch.no_grad():

@@ -61,14 +61,14 @@ BAD = {  # (bytes of a good checkpoint, path of the marker) -> bytes of a bad on
     "missing size": lambda good, mark: changed(good, model=dict(vocab=8)),
     "size of another type": lambda good, mark: changed(good, model=dict(vocab="8", n_out=3, T=8)),
     "wrong shapes": lambda good, mark: changed(good, model=dict(vocab=8, n_out=3, T=8, d_model=32)),
-    "unknown rnn": lambda good,
-       mark: changed(good, model=dict(vocab=8, n_out=3, T=8, rnn="hopfield")),
-    "unknown dataset": lambda good,
-       mark: changed(good, config=config_of(good) | dict(dataset="cifar")),
-    "unknown preset": lambda good,
-       mark: changed(good, config=config_of(good) | dict(preset="huge")),
-    "dataset of another type": lambda good,
-       mark: changed(good, config=config_of(good) | dict(dataset=[1])),
+    "unknown rnn": lambda good, mark:
+        changed(good, model=dict(vocab=8, n_out=3, T=8, rnn="hopfield")),
+    "unknown dataset": lambda good, mark:
+        changed(good, config=config_of(good) | dict(dataset="cifar")),
+    "unknown preset": lambda good, mark:
+        changed(good, config=config_of(good) | dict(preset="huge")),
+    "dataset of another type": lambda good, mark:
+        changed(good, config=config_of(good) | dict(dataset=[1])),
     "longer sequences": lambda good, mark: changed(good, config=config_of(good) | dict(length=20)),
     "no networks": lambda good, mark: changed(good, encoder=GONE, decoder=GONE, rnn=GONE),
     "empty networks": lambda good, mark: changed(good, encoder={}, decoder={}, rnn={}),

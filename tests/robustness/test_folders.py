@@ -234,8 +234,8 @@ def test_pictures_are_read_once(album, monkeypatch):
     anew."""
     read = []
     real = pictures.read_ink
-    monkeypatch.setattr(pictures, "read_ink", lambda path,
-                        size: read.append(path) or real(path, size))
+    keep = lambda path, size: read.append(path) or real(path, size)
+    monkeypatch.setattr(pictures, "read_ink", keep)
     load = lambda size=8: pictures.folder_images("images", album, size)
     first, second = load(), load()
     assert len(read) == 60 and all(torch.equal(first[k], second[k]) for k in first)
