@@ -42,17 +42,19 @@ OPTIONS = {
     "shakespeare": dict(length=256),
     "pydoc": dict(length=256),
     "text": dict(length=256, data_file=""),
-    "retrieval": dict(length=64, symbols=8, noise=0.0, needle_range=0),  # needle_range 0: the first quarter
-    "copy": dict(length=33, symbols=8, noise=0.0, reverse=True),
-    "stack": dict(length=64, symbols=4, depth=5),
-    "recall": dict(keys=8, symbols=8, key_len=2),
-    "modular": dict(examples=8, modulus=7),
+    # needle_range 0: the first half, in `ours` the first quarter. modulus 0: 32, in `ours` 7
+    "retrieval": dict(variant="paper", length=64, symbols=8, noise=0.0, needle_range=0),
+    "copy": dict(variant="paper", length=33, symbols=8, noise=0.0, reverse=True),
+    "stack": dict(variant="paper", length=64, symbols=4, depth=5),
+    "recall": dict(variant="paper", keys=8, symbols=8, key_len=2),
+    "modular": dict(variant="paper", examples=8, modulus=0),
     "parity": dict(length=64),
     "permutation": dict(length=32, items=5),
 }
 TEXTS = ("tinystories", "shakespeare", "pydoc", "text")
-TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: a target at every step
+TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: targets all the way
 SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation")
+VARIANTS = ("paper", "ours")  # of five synthetic tasks: as the authors define it, or another one
 
 
 @dataclass
@@ -99,6 +101,8 @@ def load(name, data_dir="data", device="cpu", seed=0, **options):
         if type(value) is not kind:
             raise DataError(f"--{key}: expected {kind.__name__}, got {value!r}")
         o[key] = value
+    if "variant" in o:
+        check(o["variant"] in VARIANTS, "variant", o["variant"], " or ".join(VARIANTS))
     if name == "glyphs":
         about = "characters of matplotlib's fonts, each bent, scaled and shifted at random; black and white"
         return images.image_data(name, images.glyph_images(**o), 2, device, about)

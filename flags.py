@@ -39,15 +39,18 @@ class Config:
     jitter: float = flag(None, "strength of the random affine maps", "task")
     length: int = flag(None, "sequence length T, BOS included", "task")
     data_file: str = flag(None, "the text to learn, any UTF-8 file, plain or gzipped", "length")
+    variant: str = flag(None, "the task as the paper's authors define it, or another of that name",
+                        "task", datasets.VARIANTS)
     symbols: int = flag(None, "number of symbols", "task")
     noise: float = flag(None, "probability that a target is redrawn", "task")
-    needle_range: int = flag(None, "last position of the needle; 0 = the end of the first quarter", "task")
+    needle_range: int = flag(None, "last position of the needle; 0 = the end of the first half, with "
+                             "--variant ours of the first quarter", "task")
     reverse: bool = flag(None, "ask for the string backwards", "task")
     depth: int = flag(None, "height of a full stack", "task")
     keys: int = flag(None, "number of key-value pairs", "task")
     key_len: int = flag(None, "symbols in a key", "task")
     examples: int = flag(None, "examples in context", "task")
-    modulus: int = flag(None, "p of y = a x + b (mod p)", "task")
+    modulus: int = flag(None, "p of y = w x + b (mod p); 0 = 32, with --variant ours 7", "task")
     items: int = flag(None, "things that are permuted", "task")
 
     rnn: str = flag("transformer", "updater of the RNN", "model", sorted(UPDATERS))
@@ -213,6 +216,7 @@ def open_checkpoint(path: str) -> dict:
         if ckpt["config"][name] not in list(known):
             raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; it comes from another "
                                   "version")
+    ckpt["config"].setdefault("variant", "ours")  # what there was before there were two
     return ckpt
 
 
