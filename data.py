@@ -7,7 +7,8 @@ x_0..x_t has been read, -1 where there is none.
 
     images.py   glyphs, mnist, sketchy, images     pixels in raster order; autoregressive: x_t is y_{t-1}
     text.py     tinystories, shakespeare, pydoc, text     bytes; autoregressive
-    tasks.py    retrieval, copy, stack, recall, modular, parity, permutation     endless, with exact Bayes optima
+    tasks.py    retrieval, copy, stack, recall, modular, parity, permutation, recency, primacy
+                endless, with exact Bayes optima; the first five in two variants
 
 To add one: write a function that returns a `Data` (for pictures `images.image_data` does it), give it a line in OPTIONS
 and one in `load`.
@@ -50,10 +51,13 @@ OPTIONS = {
     "modular": dict(variant="paper", examples=8, modulus=0),
     "parity": dict(length=64),
     "permutation": dict(length=32, items=5),
+    "recency": dict(length=64, symbols=8, gamma=0.5),
+    "primacy": dict(length=64, symbols=8, gamma=0.5),
 }
 TEXTS = ("tinystories", "shakespeare", "pydoc", "text")
 TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: targets all the way
-SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation")
+SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation", "recency",
+             "primacy")
 VARIANTS = ("paper", "ours")  # of five synthetic tasks: as the authors define it, or another one
 
 
@@ -74,7 +78,8 @@ class Data:
                           #              x_0..x_t (zeros where y_t = -1), or None where nobody knows it
     about: str = ""       # one line: how a sequence comes about
     sizes: str = "endless"  # how much of it there is
-    show: Callable | None = None  # show(x_row, y_row) -> one sequence as a line of text; None for pictures
+    show: Callable | None = None  # show(x_row, y_row) -> one sequence as a line; None for pictures
+    late_from: int | None = None  # evaluate.py reports the targets at t >= late_from apart as well
 
     @property
     def bos(self):

@@ -28,26 +28,31 @@ COLUMNS = ("teacher", "one_step", "rollout")
 
 
 class Score:
-    """Sums of one column over batches: nats, nats from time `late_from` on, correct answers, KL to the exact posterior."""
+    """Sums of one column over batches: nats, correct answers and KL to the exact posterior; nats
+    and KL once more from time `late_from` on."""
 
-    def __init__(self, per_sequence: bool, late_from: int):
+    def __init__(self, per_sequence: bool, late_from: int | None):
         self.per_sequence, self.late_from = per_sequence, late_from
-        self.nats, self.late, self.right, self.excess = [], [], [], []
+        self.nats, self.right, self.excess, self.late, self.late_excess = [], [], [], [], []
 
     def add(self, logits: Tensor, y: Tensor, clean: Tensor | None, posterior: Tensor | None) -> None:
         """logits (B, L, V) float, y and clean (B, L) with -1 = no target, posterior (B, L, V)."""
         logp = logits.float().log_softmax(-1)
         valid = y >= 0
         count = 1 if self.per_sequence else valid.sum(1).clamp(min=1)
-        each = -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * valid
-        self.nats.append(each.sum(1) / count)
-        if self.late_from < y.shape[1]:
-            self.late.append(each[:, self.late_from:].sum(1) / valid[:, self.late_from:].sum(1).clamp(min=1))
+        late = y.shape[1] if self.late_from is None else self.late_from
+
+        def add_to(whole: list, end: list, each: Tensor) -> None:
+            whole.append((each * valid).sum(1) / count)
+            if late < y.shape[1]:
+                end.append((each * valid)[:, late:].sum(1) / valid[:, late:].sum(1).clamp(min=1))
+
+        add_to(self.nats, self.late, -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0])
         if clean is not None:
             self.right.append(((logp.argmax(-1) == clean) & valid).sum(1) / count)
         if posterior is not None:
             kl = (torch.xlogy(posterior, posterior) - posterior * logp).sum(-1)
-            self.excess.append((kl * valid).sum(1) / count)
+            add_to(self.excess, self.late_excess, kl)
 
     def mean(self, name: str) -> float | None:
         values = getattr(self, name)
@@ -72,7 +77,7 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
     c = (rnn or decoder).c
     # causal labels end at Tc; the RNN goes on
     T = min(task.T, c.ctx_len) if encoder is not None and c.encoder == "causal" else task.T
-    scores = {name: Score(task.image is not None, task.T // 2) for name in COLUMNS}
+    scores = {name: Score(task.image is not None, task.late_from) for name in COLUMNS}
     size = c.mem_tokens * c.d_model
     total, total_sq, rows, kl, targets = torch.zeros(size, dtype=torch.float64, device=device), 0.0, 0, 0.0, 0
     error, error_one = torch.zeros(2, T, dtype=torch.float64, device=device)
@@ -110,12 +115,16 @@ def evaluate(task: datasets.Data, rnn: RNN | None, encoder: Encoder | None = Non
     out |= {name: scores[name].mean("nats") for name in COLUMNS}
     main = "rollout" if rnn is not None else "teacher"
     known, text = held["posterior"] is not None, task.units == "nats/char"
+    apart = task.late_from is not None
     out |= dict(bayes=datasets.bayes(held), excess=scores[main].mean("excess"),
                 excess_all={k: scores[k].mean("excess") for k in COLUMNS} if known else None,
                 accuracy={k: scores[k].mean("right") for k in COLUMNS} if held["clean"] is not None else None,
                 bits_per_pixel=out[main] / (task.T * math.log(2)) if task.image else None,
                 bits_per_char=out[main] / math.log(2) if text else None,
-                late={k: scores[k].mean("late") for k in COLUMNS} if text else None)
+                late={k: scores[k].mean("late") for k in COLUMNS} if apart else None,
+                late_excess={k: scores[k].mean("late_excess") for k in COLUMNS}
+                if apart and known else None,
+                late_from=task.late_from)
     out |= dict(drift=None, drift_by_time=None, one_step_drift=None, kl=None, variance=None)
     if rows:
         spread = max(total_sq / rows - float((total / rows).square().sum()), 1e-12)  # one variance over all (sequence, t)
@@ -138,7 +147,9 @@ def table(r: dict) -> str:
     lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences", "",
              f"{'':16}{'teacher':>10}{'one step':>10}{'rollout':>10}",
              f"{r['units']:16}" + "".join(f"{show(r[k]):>10}" for k in COLUMNS) + f"   ± {show(r['stderr'])} (standard error)"]
-    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), ("t >= T/2", "late")):
+    late = f"t >= {r['late_from']}"
+    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), (late, "late"),
+                      (f"excess, {late}", "late_excess")):
         if r[key]:
             lines.append(f"{name:16}" + "".join(f"{show(r[key][k]):>10}" for k in COLUMNS))
     for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"),

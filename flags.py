@@ -52,6 +52,8 @@ class Config:
     examples: int = flag(None, "examples in context", "task")
     modulus: int = flag(None, "p of y = w x + b (mod p); 0 = 32, with --variant ours 7", "task")
     items: int = flag(None, "things that are permuted", "task")
+    gamma: float = flag(None, "factor on a symbol's weight for each step of its age, or position",
+                        "task")
 
     rnn: str = flag("transformer", "updater of the RNN", "model", sorted(UPDATERS))
     encoder: str = flag("causal", "attention pattern of the encoder", "model", ("bidirectional", "causal"))

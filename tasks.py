@@ -7,12 +7,15 @@
     modular       y = w x + b (mod p), w and b to be found from examples     in-context learning
     parity        of all bits so far                                         state tracking
     permutation   of `items` things after every swap or rotation; five: the word problem of S5
+    recency       a symbol drawn from the past, mostly a late one            forgetting
+    primacy       a symbol drawn from the past, mostly an early one          keeping
 
 The first five have two variants. "paper" is the authors' task with BOS in front, so T is one more
 than theirs. "ours" is another task of the same name. Each function describes its process in `about`
 and returns a `data.Data`. `make(n, generator)` draws x and the clean targets for n sequences at
 once; loops run over time, never over the batch.
 """
+import dataclasses
 import itertools
 import math
 
@@ -295,3 +298,58 @@ def permutation(length, items, device="cpu"):
             f"the target is their order, one of {len(orders)}"
     show = lambda x, y: "^" + "".join("sr"[int(i)] for i in x[1:]) + f" -> .. {order(y[-1])}"
     return tracked("permutation", length, 2, len(orders), table, about, show, device)
+
+
+def drawn(name, length, symbols, gamma, power, rule, device):
+    """The target at t is one of x_1..x_t; x_i has the weight gamma ** power(t, i). `rule` says so.
+
+    In training the last tenth of the positions has no target. Held-out sequences have targets there
+    too: they show whether the rule goes on where it was not trained. No draw is more right than
+    another, so `clean` is None: there is no accuracy, the excess over the posterior is the measure.
+    """
+    T, S, late = length, symbols, length - max(1, length // 10)
+    check(T >= 3, "length", T, "at least 3: BOS, a symbol with a target, a symbol without")
+    check(S >= 2, "symbols", S, "at least 2")
+    check(0 <= gamma <= 1, "gamma", gamma, "between 0 and 1")
+    t, i = torch.arange(T)[:, None], torch.arange(T)
+    weight = gamma ** power(t, i).clamp(min=0).double() * ((1 <= i) & (i <= t))
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1)  # (T, T): rows sum to 1, row 0 to 0
+    below = weight.cumsum(1)
+
+    def make(n, g):
+        x = torch.randint(S, (n, T), generator=g)
+        x[:, 0] = S
+        u = torch.rand(T, n, generator=g, dtype=torch.float64)
+        pick = torch.searchsorted(below, u, right=True).minimum(t)  # rounding may end it below 1
+        y = x.gather(1, pick.T)
+        y[:, 0] = -1
+        return x, y
+
+    def posterior(x, y):
+        seen = F.one_hot(x.clamp(max=S - 1), S).double()  # BOS weighs nothing, so any will do
+        return torch.einsum("ti,nis->nts", weight, seen).float()
+
+    def batch(n, generator):
+        x, y = task.batch(n, generator)
+        y[:, late:] = -1
+        return x, y
+
+    def show(x, y):
+        return "^" + "".join(map(letter, x[1:])) + " -> " + \
+            "".join("." if s < 0 else letter(s) for s in y[1:])
+
+    about = f"uniform symbols; the target at t is one of x_1..x_t, x_i with the weight {rule}; " \
+            f"in training there are none at t >= {late}"
+    task = endless(name, T, S + 1, S, make, about, show, device, posterior=posterior)
+    held_out = lambda split, n=None: task.held_out(split, n) | dict(clean=None)
+    return dataclasses.replace(task, batch=batch, held_out=held_out, late_from=late)
+
+
+def recency(length, symbols, gamma, device="cpu"):
+    rule = f"{gamma} ** (t - i)"
+    return drawn("recency", length, symbols, gamma, lambda t, i: t - i, rule, device)
+
+
+def primacy(length, symbols, gamma, device="cpu"):
+    rule = f"{gamma} ** i"  # or i - 1: a common factor changes nothing, and the largest weight is 1
+    return drawn("primacy", length, symbols, gamma, lambda t, i: i - 1, rule, device)

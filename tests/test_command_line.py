@@ -101,6 +101,8 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --variant theirs", "--variant"),
     ("smt.py {RUN} --dataset parity --variant ours", "--variant"),
     ("smt.py {RUN} --dataset recall --noise 0.1", "--noise"),
+    ("smt.py {RUN} --dataset recency --gamma 1.5", "--gamma"),
+    ("smt.py {TINY} --gamma 0.5", "--gamma"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --variant ours", "--variant"),
     ("smt.py {RUN} --dataset mnist --levels 3", "--levels"),
     ("smt.py {RUN} --dataset mnist --data_dir nowhere", "--data_dir"),

@@ -24,6 +24,8 @@ SMALL = {  # every synthetic task in all its variants, small enough to see every
     "modular, ours": dict(examples=3, modulus=2),
     "parity": dict(length=5),
     "permutation": dict(length=4, items=3),
+    "recency": dict(length=5, symbols=2),
+    "primacy": dict(length=5, symbols=2),
 }
 NOISY = {"copy": dict(noise=0.2), "retrieval": dict(noise=0.3)}
 
@@ -133,6 +135,8 @@ def clean_by_hand(case, d, x):
         return modular_by_hand(x, T, 7, range(7), 7)
     if case == "parity":
         return [-1] + [sum(x[1:t + 1]) % 2 for t in range(1, T)]
+    if case in ("recency", "primacy"):
+        return [-1] + [set(x[1:t + 1]) for t in range(1, T)]
     things, out = [0, 1, 2, 3, 4], [-1]
     for op in x[1:]:
         things = things[1:] + things[:1] if op else [things[1], things[0], *things[2:]]
@@ -146,12 +150,13 @@ def test_targets_told_in_plain_python(name):
     """Every clean target follows from the inputs by the rule of its task, told without tensors."""
     d = usual(name)
     h = d.held_out("val", 50)
-    for x, clean in zip(h["x"].tolist(), h["clean"].tolist()):
+    targets = h["y"] if h["clean"] is None else h["clean"]
+    for x, clean in zip(h["x"].tolist(), targets.tolist()):
         for want, got in zip(clean_by_hand(name, d, x), clean, strict=True):
             assert got in want if isinstance(want, set) else got == want
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [n for n in SMALL if n not in ("recency", "primacy")])
 def test_noise_redraws_a_share_of_the_targets_and_no_others(name):
     """y differs from the clean target in noise * (1 - 1 / n_out) of the valid places, and nowhere
     else."""
@@ -183,7 +188,7 @@ def test_batches_follow_their_generator_and_differ_from_what_is_held_out(name):
 @pytest.mark.parametrize("name, targets", [
     ("retrieval", 1), ("retrieval, ours", 1), ("copy", 16), ("copy, ours", 16), ("stack, ours", 63),
     ("recall", 2), ("recall, ours", 8), ("modular", 8), ("modular, ours", 8), ("parity", 63),
-    ("permutation", 31)])
+    ("permutation", 31), ("recency", 57), ("primacy", 57)])
 def test_how_many_targets_a_sequence_has(name, targets):
     """As many as the definition says. (How many pops a stack sees is chance.)"""
     assert ((load(name).batch(20, rng())[1] >= 0).sum(1) == targets).all()
@@ -237,6 +242,47 @@ def test_the_papers_numbers_are_below_a_fifth_of_p():
         assert len(seen) == values or zero.sum() < 100
 
 
+@pytest.mark.parametrize("name", ["recency", "primacy"])
+@pytest.mark.parametrize("length", [3, 10, 64])
+def test_the_last_tenth_is_not_trained_and_is_tested(name, length):
+    """Batches have targets at 1 <= t < late_from, held-out sequences at every t >= 1."""
+    d = data.load(name, length=length)
+    late = {3: 2, 10: 9, 64: 58}[length]
+    assert d.late_from == late and length - late == max(1, length // 10)
+    times = torch.arange(length)
+    for seed in range(3):
+        _, y = d.batch(20, rng(seed))
+        assert ((y >= 0) == ((1 <= times) & (times < late))).all()
+    for split in ("val", "test"):
+        h = d.held_out(split, 30)
+        assert ((h["y"] >= 0) == (times >= 1)).all() and h["clean"] is None
+        assert torch.equal(h["posterior"].sum(2) > 0, h["y"] >= 0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_weights_of_age_and_position_told_in_plain_python(gamma):
+    """The posterior is the sum of a symbol's weights over the sum of all; gamma = 0 means the last
+    symbol or the first, gamma = 1 any."""
+    for name in ("recency", "primacy"):
+        d = data.load(name, length=12, symbols=3, gamma=gamma)
+        h = d.held_out("test", 20)
+        for x, posterior in zip(h["x"].tolist(), h["posterior"].tolist()):
+            for t in range(1, d.T):
+                past = range(1, t + 1)
+                weight = [gamma ** (t - i if name == "recency" else i - 1) for i in past]
+                want = [sum(w for i, w in zip(past, weight) if x[i] == s) / sum(weight)
+                        for s in range(3)]
+                assert posterior[t] == pytest.approx(want, abs=1e-6)
+
+
+def test_recency_and_primacy_of_a_b_b():
+    """By hand, gamma = 1/2. Age: a 1/4, b 1/2 + 1. Position: a 1/2, b 1/4 + 1/8."""
+    for name, a in (("recency", 0.25 / 1.75), ("primacy", 0.5 / 0.875)):
+        h = data.load(name, length=4, symbols=2).held_out("val")
+        row = h["x"].tolist().index([2, 0, 1, 1])
+        assert h["posterior"][row, 3].tolist() == pytest.approx([a, 1 - a])
+
+
 def test_every_variant_of_every_task_is_in_these_tables():
     """Whoever adds a task adds it above."""
     every = {f"{name}{', ours' * (v == 'ours')}" for name in data.SYNTHETIC
@@ -245,7 +291,7 @@ def test_every_variant_of_every_task_is_in_these_tables():
 
 
 OTHER = dict(length=9, symbols=5, noise=0.9, needle_range=3, reverse=False, depth=1, keys=3,
-             key_len=3, examples=4, modulus=5, items=4)
+             key_len=3, examples=4, modulus=5, items=4, gamma=0.9)
 
 
 @pytest.mark.parametrize("name, option", [
@@ -301,6 +347,7 @@ def test_every_task_can_be_read_aloud(name):
     ("modular", dict(examples=2, modulus=6), [6, 2, 3, 5], [-1, 3, -1, 0], "^ 2->3 5->0 (mod 6)"),
     ("modular, ours", dict(examples=2, modulus=5), [10, 2, 8, 4], [-1, 3, -1, 0],
      "^ 2->3 4->0 (mod 5)"),
+    ("recency", dict(length=4, symbols=3), [3, 0, 2, 1], [-1, 0, 0, -1], "^acb -> aa."),
 ])
 def test_lines_read_aloud(case, options, x, y, line):
     """Worked examples: what a reader sees."""
@@ -322,7 +369,9 @@ def test_lines_read_aloud(case, options, x, y, line):
     ("modular", dict(modulus=1), "--modulus"), ("modular", dict(modulus=-1), "--modulus"),
     ("modular", dict(modulus=257), "--modulus"), ("modular, ours", dict(modulus=65), "--modulus"),
     ("parity", dict(length=1), "--length"), ("permutation", dict(items=7), "--items"),
-    ("permutation", dict(noise=0.1), "--noise")])
+    ("permutation", dict(noise=0.1), "--noise"), ("recency", dict(length=2), "--length"),
+    ("recency", dict(gamma=1.1), "--gamma"), ("primacy", dict(gamma=float("nan")), "--gamma"),
+    ("primacy", dict(symbols=1), "--symbols"), ("stack", dict(gamma=0.5), "--gamma")])
 def test_impossible_tasks_are_refused(name, options, flag):
     """One line that begins with the flag."""
     with pytest.raises(DataError, match=flag) as e:
