@@ -79,10 +79,10 @@ def text_data(name, data_dir, length, data_file="", device="cpu"):
         x, y = sequences(parts[split][:n * T].reshape(n, T))
         return dict(x=x, y=y, clean=None, posterior=None)
 
-    return Data(name, T=T, vocab=256, n_out=256, units="nats/char", timestamps=False, image=None, batch=batch,
-                held_out=held_out, about=f"{ABOUT.get(name, source)}; windows of {T} bytes from anywhere",
-                show=show, late_from=T // 2,
-                sizes=", ".join(f"{len(v):,} {split}" for split, v in parts.items()) + " bytes")
+    about = f"{ABOUT.get(name, source)}; windows of {T} bytes from anywhere"
+    sizes = ", ".join(f"{len(part):,} {split}" for split, part in parts.items()) + " bytes"
+    return Data(name, T=T, vocab=256, n_out=256, units="nats/char", timestamps=False, image=None,
+                batch=batch, held_out=held_out, about=about, sizes=sizes, show=show, late_from=T // 2)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -194,6 +194,21 @@ def test_how_many_targets_a_sequence_has(name, targets):
     assert ((load(name).batch(20, rng())[1] >= 0).sum(1) == targets).all()
 
 
+@pytest.mark.parametrize("needle_range, last", [(0, 8), (5, 5), (14, 14)])
+def test_the_needle_stands_behind_the_marker_in_the_first_half(needle_range, last):
+    """The paper's retrieval: every place from 2 to T / 2 or needle_range is as likely, and so is
+    every symbol. The marker is at p - 1 and at the end, and no distractor is a marker."""
+    d = data.load("retrieval", length=16, symbols=5, needle_range=needle_range)
+    assert (d.T, d.vocab, d.n_out, d.bos) == (16, 7, 5, 6)
+    x, y = d.batch(8000, rng())
+    assert ((x == 5).sum(1) == 2).all() and (x[:, -1] == 5).all()
+    p = (x == 5).int().argmax(1) + 1
+    assert set(p.tolist()) == set(range(2, last + 1))
+    assert torch.equal(x.gather(1, p[:, None])[:, 0], y[:, -1]) and (y[:, :-1] == -1).all()
+    for counts in (p.bincount()[2:], y[:, -1].bincount(), x[x < 5].bincount()):
+        assert (counts / counts.sum() * len(counts) - 1).abs().max() < 0.2
+
+
 def test_a_push_has_no_target_and_every_pop_has_one():
     """The paper's stack: only pops have targets, and at most five symbols stay at the end."""
     d = data.load("stack")
