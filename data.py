@@ -7,8 +7,8 @@ the target after x_0..x_t has been read, -1 where there is none.
 
     sources/images.py   glyphs, mnist, sketchy, images     pixels in raster order: x_t is y_{t-1}
     sources/text.py     tinystories, shakespeare, pydoc, text     bytes: x_t is y_{t-1}
-    sources/tasks.py    retrieval, copy, stack, recall, modular, parity, permutation     endless,
-                        with exact Bayes optima
+    sources/tasks.py    retrieval, copy, stack, recall, modular, parity, permutation, recency,
+                        primacy     endless, with exact Bayes optima; the first five in two variants
 
 To add one: write a function that returns a `Data` (for pictures `images.image_data` does it), give
 it a line in OPTIONS and one in `load`; a new option wants a line in HELP.
@@ -20,7 +20,7 @@ import torch
 
 from console import cli, demand, parser
 from sources import images, tasks, text
-from sources.files import Data, DataError
+from sources.files import Data, DataError, check
 
 # What each dataset understands, with defaults; the command line offers the same names as flags.
 OPTIONS = {
@@ -32,13 +32,16 @@ OPTIONS = {
     "shakespeare": dict(length=256),
     "pydoc": dict(length=256),
     "text": dict(length=256, data_file=""),
-    "retrieval": dict(length=64, symbols=8, noise=0.0, needle_range=0),  # 0: the first quarter
-    "copy": dict(length=33, symbols=8, noise=0.0, reverse=True),
-    "stack": dict(length=64, symbols=4, depth=5),
-    "recall": dict(keys=8, symbols=8, key_len=2),
-    "modular": dict(examples=8, modulus=7),
+    # needle_range 0: the first half, in `ours` the first quarter. modulus 0: 32, in `ours` 7
+    "retrieval": dict(variant="paper", length=64, symbols=8, noise=0.0, needle_range=0),
+    "copy": dict(variant="paper", length=33, symbols=8, noise=0.0, reverse=True),
+    "stack": dict(variant="paper", length=64, symbols=4, depth=5),
+    "recall": dict(variant="paper", keys=8, symbols=8, key_len=2),
+    "modular": dict(variant="paper", examples=8, modulus=0),
     "parity": dict(length=64),
     "permutation": dict(length=32, items=5),
+    "recency": dict(length=64, symbols=8, gamma=0.5),
+    "primacy": dict(length=64, symbols=8, gamma=0.5),
 }
 HELP = {
     "image_size": "pixels a side",
@@ -48,20 +51,25 @@ HELP = {
     "jitter": "strength of the random affine maps",
     "length": "sequence length T, BOS included",
     "data_file": "the text to learn, any UTF-8 file, plain or gzipped",
+    "variant": "paper: the task as the paper's authors define it; ours: another of that name",
     "symbols": "number of symbols",
     "noise": "probability that a target is redrawn",
-    "needle_range": "last position of the needle; 0 = the end of the first quarter",
+    "needle_range": "last position of the needle; 0 = the end of the first half, with --variant "
+                    "ours of the first quarter",
     "reverse": "ask for the string backwards",
     "depth": "height of a full stack",
     "keys": "number of key-value pairs",
     "key_len": "symbols in a key",
     "examples": "examples in context",
-    "modulus": "p of y = a x + b (mod p)",
+    "modulus": "p of y = w x + b (mod p); 0 = 32, with --variant ours 7",
     "items": "things that are permuted",
+    "gamma": "factor on a symbol's weight for each step of its age, or position",
 }
 TEXTS = ("tinystories", "shakespeare", "pydoc", "text")
-TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: a target at every step
-SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation")
+TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: targets all the way
+SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation", "recency",
+             "primacy")
+VARIANTS = ("paper", "ours")  # of five synthetic tasks: as the authors define it, or another one
 
 
 def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
@@ -80,6 +88,8 @@ def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
             o[key] = float(value)
         elif type(value) is not kind and value is not None:
             raise DataError(f"--{key}: expected {kind.__name__}, got {value!r}")
+    if "variant" in o:
+        check(o["variant"] in VARIANTS, "variant", o["variant"], " or ".join(VARIANTS))
     if name == "glyphs":
         about = "characters of matplotlib's fonts, each bent, scaled and shifted at random; " \
                 "black and white"

@@ -30,12 +30,12 @@ COLUMNS = ("teacher", "one_step", "rollout")
 
 
 class Score:
-    """One column, sequence by sequence: nats, nats from time `late_from` on, correct answers, KL
-    to the exact posterior."""
+    """One column, sequence by sequence: nats, correct answers, KL to the exact posterior; nats and
+    KL once more from time `late_from` on."""
 
-    def __init__(self, per_sequence: bool, late_from: int):
+    def __init__(self, per_sequence: bool, late_from: int | None):
         self.per_sequence, self.late_from = per_sequence, late_from
-        self.nats, self.late, self.right, self.excess = [], [], [], []
+        self.nats, self.right, self.excess, self.late, self.late_excess = [], [], [], [], []
 
     def add(self, logits: Tensor, y: Tensor, clean: Tensor | None,
             posterior: Tensor | None) -> None:
@@ -43,16 +43,19 @@ class Score:
         logp = logits.float().log_softmax(-1)
         valid = y >= 0
         count = 1 if self.per_sequence else valid.sum(1).clamp(min=1)
-        each = -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * valid
-        self.nats.append(each.sum(1) / count)
-        if self.late_from < y.shape[1]:
-            late = slice(self.late_from, None)
-            self.late.append(each[:, late].sum(1) / valid[:, late].sum(1).clamp(min=1))
+        late = y.shape[1] if self.late_from is None else self.late_from
+
+        def add_to(whole: list, end: list, each: Tensor) -> None:
+            whole.append((each * valid).sum(1) / count)
+            if late < y.shape[1]:
+                end.append((each * valid)[:, late:].sum(1) / valid[:, late:].sum(1).clamp(min=1))
+
+        add_to(self.nats, self.late, -logp.gather(-1, y.clamp(min=0)[..., None])[..., 0])
         if clean is not None:
             self.right.append(((logp.argmax(-1) == clean) & valid).sum(1) / count)
         if posterior is not None:
             kl = (torch.xlogy(posterior, posterior) - posterior * logp).sum(-1)
-            self.excess.append((kl * valid).sum(1) / count)
+            add_to(self.excess, self.late_excess, kl)
 
     def mean(self, name: str) -> float | None:
         values = getattr(self, name)
@@ -155,7 +158,7 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
     """
     held = task.held_out(split, n)
     c, N = (rnn or decoder).c, len(held["x"])
-    scores = {name: Score(task.image is not None, task.T // 2) for name in COLUMNS}
+    scores = {name: Score(task.image is not None, task.late_from) for name in COLUMNS}
     drift, kl, targets = Drift(), 0.0, 0
     batch = max(1, min(100, int(2e8) // (task.T * c.mem_tokens * c.d_model)))  # 800 MB of memories
     for i in range(0, N, batch):
@@ -180,13 +183,15 @@ def losses(task: Data, held: dict, scores: dict[str, Score], alone: str) -> dict
     """The numbers of the three columns; `alone` is the one that the checkpoint is about."""
     each = lambda what: {name: scores[name].mean(what) for name in COLUMNS}
     nats, text = scores[alone].mean("nats"), task.units == "nats/char"
+    known, apart = held["posterior"] is not None, task.late_from is not None
     return each("nats") | dict(
         bayes=bayes(held), excess=scores[alone].mean("excess"), stderr=scores[alone].stderr(),
-        excess_all=each("excess") if held["posterior"] is not None else None,
+        excess_all=each("excess") if known else None,
         accuracy=each("right") if held["clean"] is not None else None,
         bits_per_pixel=nats / (task.T * math.log(2)) if task.image else None,
         bits_per_char=nats / math.log(2) if text else None,
-        late=each("late") if text else None)
+        late=each("late") if apart else None,
+        late_excess=each("late_excess") if apart and known else None, late_from=task.late_from)
 
 
 def summary(result: dict) -> dict:
@@ -202,8 +207,9 @@ def table(r: dict) -> str:
     lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences", "",
              f"{'':16}{'teacher':>10}{'one step':>10}{'rollout':>10}",
              row(r["units"], r) + f"   ± {show(r['stderr'])} (standard error)"]
-    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"),
-                      ("t >= T/2", "late")):
+    late = f"t >= {r['late_from']}"
+    for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), (late, "late"),
+                      (f"excess, {late}", "late_excess")):
         if r[key]:
             lines.append(row(name, r[key]))
     for label, key in (("Bayes optimum", "bayes"), ("bits per pixel", "bits_per_pixel"),

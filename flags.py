@@ -256,6 +256,7 @@ def open_checkpoint(path: str) -> dict:
         if ckpt["config"][name] not in list(known):
             raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; "
                                   "it comes from another version")
+    ckpt["config"].setdefault("variant", "ours")  # what there was before there were two
     return ckpt
 
 

@@ -158,8 +158,8 @@ KINDS["paper", "synthetic"] = {  # the paper trains many memories of each sequen
     "runs":              (8,            _,            _),
     "micro":             (1,            _,            _),
 }
-# A target at every step: short futures from many memories ask for the state sooner than long
-# ones from one.
+# Targets all the way: short futures from many memories ask for the state sooner than long ones
+# from one.
 KINDS["laptop", "tracking"] = {
     "batch_size":        (40,           _,            _),
     "run_len":           (16,           _,            _),

@@ -89,7 +89,7 @@ def text_data(name, data_dir, length, data_file="", device="cpu"):
 
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in parts.items()) + " bytes"
     return Data(name, T=T, vocab=256, n_out=256, units="nats/char", timestamps=False, image=None,
-                batch=batch, held_out=held_out, sizes=sizes, show=show,
+                batch=batch, held_out=held_out, sizes=sizes, show=show, late_from=T // 2,
                 about=f"{ABOUT.get(name, source)}; windows of {T} bytes from anywhere")
 
 

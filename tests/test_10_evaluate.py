@@ -143,6 +143,38 @@ def test_late_means_the_second_half():
     assert got["late"]["rollout"] == pytest.approx(float(-logp[:, 6:].mean()), rel=1e-4)
 
 
+def test_late_losses_of_a_rule_that_goes_on():
+    """Recency: all positions and the last tenth are reported apart, each with its excess over the
+    posterior. There is no accuracy, because the targets are drawn."""
+    task = data.load("recency", length=20, symbols=3)
+    encoder, decoder, rnn = networks(vocab=task.vocab, n_out=3, T=20, ctx_len=20, fut_len=5)
+    got, held = evaluate.evaluate(task, rnn, encoder, decoder, "val", 30), task.held_out("val", 30)
+    with torch.no_grad():
+        logp = rnn.logits(rnn.memories(held["x"])).log_softmax(-1)
+    p = held["posterior"]
+    late, late_excess = got["late"]["rollout"], got["late_excess"]["rollout"]
+    for start, nats, excess in ((1, got["rollout"], got["excess"]), (18, late, late_excess)):
+        y, q, best = held["y"][:, start:], logp[:, start:], p[:, start:]
+        kl = (torch.xlogy(best, best) - best * q).sum(-1)
+        assert nats == pytest.approx(-float(q.gather(-1, y[..., None]).mean()), rel=1e-4)
+        assert excess == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert got["late_from"] == 18 and got["accuracy"] is None
+    assert all(got["late_excess"][k] > 0 for k in evaluate.COLUMNS)
+    lines = {line[:16].strip() for line in evaluate.table(got).split("\n")}
+    assert {"t >= 18", "excess, t >= 18", "excess nats"} <= lines and "accuracy" not in lines
+
+
+def test_what_is_late_is_the_datas_to_say():
+    """A text is read better in its second half. Most tasks have no late part: none is reported."""
+    assert data.load("pydoc", length=13).late_from == 6
+    for name in ("retrieval", "stack", "glyphs"):
+        assert data.load(name).late_from is None
+    task = data.load("stack", length=6)
+    got = evaluate.evaluate(task, networks(vocab=6, n_out=4, T=6)[2], n=5)
+    assert got["late"] is got["late_excess"] is got["late_from"] is None and got["excess"] > 0
+    assert "t >=" not in evaluate.table(got)
+
+
 def test_one_sequence_has_no_standard_error():
     """With N = 1 there is none to report."""
     task = data.load("retrieval", length=8)

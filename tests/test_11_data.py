@@ -372,12 +372,12 @@ def test_a_data_dir_that_cannot_be_written_is_one_line(tmp_path, mirrors):
         data.load("mnist", tmp_path / "blocked")
 
 
-# --- retrieval ------------------------------------------------------------------------------------
+# --- retrieval, our variant -----------------------------------------------------------------------
 
 def test_retrieval_asks_for_the_one_marked_symbol():
     """One needle within needle_range, QUERY at the end and nowhere else, one target: the needle's
     symbol."""
-    d = data.load("retrieval", length=16, symbols=5, needle_range=6)
+    d = data.load("retrieval", variant="ours", length=16, symbols=5, needle_range=6)
     assert (d.T, d.vocab, d.n_out, d.bos, d.units) == (16, 12, 5, 11, "nats/target")
     x, y = d.batch(4000, rng())
     marked = (x >= 5) & (x < 10)
@@ -389,7 +389,7 @@ def test_retrieval_asks_for_the_one_marked_symbol():
     for counts in (where.bincount()[1:] / 4000 * 6, y[:, -1].bincount() / 4000 * 5,
                    x[x < 5].bincount() / (x < 5).sum() * 5):
         assert (counts - 1).abs().max() < 0.2  # all of it uniform
-    x, _ = data.load("retrieval", length=16).batch(500, rng())
+    x, _ = data.load("retrieval", variant="ours", length=16).batch(500, rng())
     assert ((x >= 8) & (x < 16)).int().argmax(1).max() == 4  # the first quarter
 
 
@@ -418,7 +418,7 @@ def test_the_posterior_is_the_conditional_probability(T, S, R, noise):
     for p, x, y in every_retrieval_sequence(T, S, R, noise):
         joint[x][y] += p
     assert sum(map(sum, joint.values())) == pytest.approx(1)
-    d = data.load("retrieval", length=T, symbols=S, noise=noise, needle_range=R)
+    d = data.load("retrieval", variant="ours", length=T, symbols=S, noise=noise, needle_range=R)
     h = d.held_out("val", 400)
     # it draws every sequence, and no other
     assert {tuple(x) for x in h["x"].tolist()} == set(joint)
@@ -431,7 +431,8 @@ def test_the_posterior_is_the_conditional_probability(T, S, R, noise):
 def test_noise_redraws_the_target_and_only_the_target():
     """A share noise * (1 - 1/S) of the targets differs from the needle; `clean` never does."""
     S, noise, n = 4, 0.4, 20_000
-    h = data.load("retrieval", length=6, symbols=S, noise=noise).held_out("test", n)
+    d = data.load("retrieval", variant="ours", length=6, symbols=S, noise=noise)
+    h = d.held_out("test", n)
     needle = h["x"][(h["x"] >= S) & (h["x"] < 2 * S)] - S
     assert torch.equal(h["clean"][:, -1], needle)
     share = (h["y"][:, -1] != needle).float().mean().item()
@@ -462,6 +463,8 @@ BAD = [
     ("retrieval", dict(symbols=1), "--symbols"), ("retrieval", dict(symbols="abc"), "--symbols"),
     ("retrieval", dict(noise=1.01), "--noise"), ("retrieval", dict(noise=-1), "--noise"),
     ("retrieval", dict(length=10, needle_range=9), "--needle_range"),
+    ("retrieval", dict(variant="theirs"), "--variant"), ("retrieval", dict(variant=1), "--variant"),
+    ("parity", dict(variant="ours"), "--variant"),
     ("retrieval", dict(needle_range=-1), "--needle_range"),
     ("retrieval", dict(image_size=28), "--image_size"),
 ]
@@ -486,8 +489,7 @@ def test_none_means_not_given():
 
 # --- python data.py DATASET -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name",
-                         [n for n, o in data.OPTIONS.items() if n in data.SYNTHETIC] + ["pydoc"])
+@pytest.mark.parametrize("name", [*data.SYNTHETIC, "pydoc"])
 def test_look_before_you_train(name, command):
     """What the task is, its sizes, its floor and as many examples as asked for."""
     code, out, err = command(f"data.py {name} --n 3")
@@ -495,6 +497,18 @@ def test_look_before_you_train(name, command):
     assert code == 0 and err == "" and len(lines) == 6 and lines[0].startswith(f"{name}: ")
     assert f"T = {data.load(name).T}, " in lines[1]
     assert ("nobody knows" in lines[2]) == (name == "pydoc")
+
+
+@pytest.mark.parametrize("name", [n for n, o in data.OPTIONS.items() if "variant" in o])
+def test_look_at_both_variants(name, command):
+    """Each variant says what it is and shows its own sequences; the paper's is the default."""
+    by_default, *looks = (command(f"data.py {name} --n 3{given}") for given in
+                          ("", " --variant paper", " --variant ours"))
+    assert all(code == 0 and err == "" for code, _, err in looks) and by_default == looks[0]
+    paper, ours = (out.rstrip("\n").split("\n") for _, out, _ in looks)
+    assert len(paper) == len(ours) == 6 and paper[0] != ours[0]
+    assert not set(paper[3:]) & set(ours[3:])
+    assert f"T = {data.load(name, variant='ours').T}, " in ours[1]
 
 
 def test_look_at_pictures(command, tmp_path):

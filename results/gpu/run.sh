@@ -71,7 +71,7 @@ retrieval --length 512 --noise 0.3
 stack --length 64 --depth 5
 copy --length 65
 recall --keys 8 --key_len 2
-modular --examples 16 --modulus 7
+modular --examples 16
 EOF
     ;;
 text)

@@ -50,7 +50,7 @@ def smt(encoder: Encoder, decoder: Decoder, rnn: RNN, x, y, lambda_dyn=0.3) -> l
 
 
 if __name__ == "__main__":
-    task = data.load("retrieval", length=64)
+    task = data.load("retrieval", length=64, variant="ours")
     x, y = task.batch(B, torch.Generator().manual_seed(0))
     fig, axes = plt.subplots(1, len(UPDATERS), figsize=(13, 3.6), sharey=True)
     for ax, name in zip(axes, UPDATERS):

@@ -22,7 +22,7 @@ import data
 import flags
 import presets
 import trainer
-from sources import images
+from sources import images, tasks
 
 SCRIPTS = ("smt", "dmt", "bptt", "transformer", "evaluate", "sample")
 
@@ -105,6 +105,12 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --noise 1.5", "--noise"),
     ("smt.py {TINY} --noise nan", "--noise"),
     ("smt.py {TINY} --needle_range 7", "--needle_range"),
+    ("smt.py {TINY} --variant theirs", "--variant"),
+    ("smt.py {RUN} --dataset parity --variant ours", "--variant"),
+    ("smt.py {RUN} --dataset recall --noise 0.1", "--noise"),
+    ("smt.py {RUN} --dataset recency --gamma 1.5", "--gamma"),
+    ("smt.py {TINY} --gamma 0.5", "--gamma"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --variant ours", "--variant"),
     ("smt.py {RUN} --dataset mnist --levels 3", "--levels"),
     ("smt.py {RUN} --dataset mnist --data_dir nowhere", "--data_dir"),
     ("smt.py {RUN} --dataset mnist --data_dir nowhere", "train-images"),
@@ -297,6 +303,21 @@ def test_presets_hold_every_recipe():
             for dataset, options in data.OPTIONS.items():
                 recipe_of = presets.recipe(module.__name__, preset, flags.kinds(dataset))
                 assert recipe_of.keys() - options.keys() == wanted, (preset, dataset)
+
+
+@pytest.mark.parametrize("name", data.SYNTHETIC)
+def test_a_synthetic_task_has_the_recipe_of_its_kind(name):
+    """Not the one of pictures: labels and futures reach over the whole sequence."""
+    assert "synthetic" in flags.kinds(name)
+    for preset in presets.PRESETS:
+        r = presets.recipe("smt", preset, flags.kinds(name))
+        assert r["ctx_len"] == 0
+        assert r["fut_len"] == (8 if preset == "laptop" and name in data.TRACKING else 0)
+
+
+def test_no_synthetic_task_is_forgotten():
+    """What sources/tasks.py makes is in data.SYNTHETIC, by which presets and tests go."""
+    assert {name for name in data.OPTIONS if hasattr(tasks, name)} == set(data.SYNTHETIC)
 
 
 def test_json_is_alone_on_stdout(here, command):
