@@ -18,7 +18,8 @@ import trainer
 from console import cli, fail
 from evaluate import evaluate, networks, summary
 from flags import flag
-from model import RNN, ModelConfig, autocast, cross_entropy
+from losses import cross_entropy
+from model import RNN, ModelConfig, autocast
 from sample import draw_samples
 
 

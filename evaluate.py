@@ -23,7 +23,8 @@ from torch import Tensor
 import flags
 from console import MOST_THREADS, cli, demand, parser, pick_device
 from data import bayes
-from model import RNN, Decoder, Encoder, autocast, build, futures
+from losses import futures
+from model import RNN, Decoder, Encoder, autocast, build
 from sources.files import Data, written_whole
 
 COLUMNS = ("teacher", "one_step", "rollout")
@@ -84,9 +85,8 @@ def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None) -> Memories:
     T = min(x.shape[1], encoder.c.ctx_len) if encoder.c.encoder == "causal" else x.shape[1]
     x, times = x[:, :T], torch.arange(T)
     m = encoder(x, times)
-    made = rnn.update(m[:, :-1].flatten(0, 1), x[:, 1:].flatten(),
-                      times[1:].to(x.device).repeat(len(x)))
-    one = torch.cat([rnn.start(len(x))[:, None], made.view_as(m[:, 1:])], dim=1)
+    made = rnn.update(m[:, :-1], x[:, 1:], times[1:].to(x.device))
+    one = torch.cat([rnn.start(len(x))[:, None], made], dim=1)
     return Memories(m, one, own)
 
 
@@ -135,15 +135,16 @@ class Drift:
 def kl_of_futures(decoder: Decoder, m: Memories, x: Tensor, y: Tensor, few: int):
     """Do label and own memory of the first few sequences predict the same Tf future outputs?
     (sum of KL in nats, number of targets)"""
-    T, total = m.label.shape[1], 0.0
-    times = torch.arange(T)
-    x_fut, y_fut = futures(x[:few, :T], y[:few, :T], times, decoder.c.fut_len)
+    T, total, targets = m.label.shape[1], 0.0, 0
+    times = torch.arange(T, device=x.device)
     for b in range(few):  # one sequence at a time: T * Tf positions are plenty
-        p, q = (decoder(v[b, :T], x_fut[b], times.to(x.device)).float().log_softmax(-1)
+        x_fut, y_fut = futures(x[:, :T], y[:, :T], torch.full_like(times, b), times,
+                               decoder.c.fut_len)
+        p, q = (decoder(v[b, :T], x_fut, times).float().log_softmax(-1)
                 for v in (m.label, m.own))
         each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)        # (T, Tf)
-        total += float((each * (y_fut[b] >= 0)).sum())
-    return total, int((y_fut >= 0).sum())
+        total, targets = total + float((each * (y_fut >= 0)).sum()), targets + int((y_fut >= 0).sum())
+    return total, targets
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
     c, N = (rnn or decoder).c, len(held["x"])
     scores = {name: Score(task.image is not None, task.late_from) for name in COLUMNS}
     drift, kl, targets = Drift(), 0.0, 0
-    batch = max(1, min(100, int(2e8) // (task.T * c.mem_tokens * c.d_model)))  # 800 MB of memories
+    batch = max(1, min(100, int(2e8) // (task.T * c.mem_tokens * c.mem_dim)))  # 800 MB of memories
     for i in range(0, N, batch):
         x, y, *extra = (v if v is None else v[i:i + batch]
                         for v in (held["x"], held["y"], held["clean"], held["posterior"]))

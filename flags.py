@@ -50,7 +50,7 @@ class Config(Options):
     rnn: str = flag("updater of the RNN", "networks", sorted(UPDATERS))
     encoder: str = flag("attention pattern of the encoder", "networks",
                         ("bidirectional", "causal"))
-    d_model: int = flag("d: width of memory tokens and residual streams", "networks")
+    d_model: int = flag("width of all streams", "networks")
     n_heads: int = flag("H: attention heads", "networks")
     head_dim: int = flag("width of a head; 0 = d / H", "networks")
     mem_tokens: int = flag("K: memory tokens", "networks")
@@ -59,7 +59,11 @@ class Config(Options):
     rnn_layers: int = flag("layers of the updater", "networks")
     ctx_len: int = flag("Tc: most tokens the encoder reads; 0 = the sequence", "networks")
     fut_len: int = flag("Tf: future outputs the decoder predicts; 0 = the sequence", "networks")
-    timestamps: bool = flag("tell encoder, decoder and updater the time of tokens", "networks")
+    mem_dim: int = flag("d: width of a memory token; 0 = d_model", "networks")
+    heads: int = flag("F: next targets that linear heads predict; 0 = no heads, the paper",
+                      "networks")
+    timestamps: str = flag("who is told the time of tokens, in tasks of one length", "networks",
+                           ("all", "encoder", "none"))
 
     preset: str = flag("sizes and recipe; empty = gpu on CUDA, else laptop", "method",
                        tuple(presets.PRESETS), "")
@@ -223,8 +227,8 @@ def stored_run(script: str, out_dir: str, given: dict, fields: dict) -> dict:
 def refuse_nonsense(cfg) -> None:
     """Refuse values no run can mean. Raises UserError naming the flag."""
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size "
-                          "n_val log_every pairs runs micro".split(), 1) | dict(run_len=2)
-    most = dict(threads=MOST_THREADS, chain=1, decode_own=1, ema=1,
+                          "n_val log_every span spans reuse micro".split(), 1)
+    most = dict(threads=MOST_THREADS, first=1, ema=1,
                 enc_layers=1000, dec_layers=1000, rnn_layers=1000)
     for name, value in vars(cfg).items():
         if type(value) in (int, float):

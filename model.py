@@ -5,13 +5,16 @@ Glossary (paper's symbol, shape, meaning; the same names everywhere in this proj
     code    paper     shape            meaning
     B                                  sequences in a batch
     T       T                          length of a sequence: x_0 .. x_{T-1}, with x_0 = BOS
-    K, d    K, d                       memory tokens, and the width of each (and of all streams)
+    K, d    K, d                       memory tokens, and the width of each (--mem_dim; all other
+                                       streams have --d_model, which is the same unless told)
     H, hd                              attention heads, and the width of each (inner width H * hd)
     V                                  output symbols; inputs have ids of their own, the last is BOS
     Tc, Tf  T_ctx, T_fut               most context tokens an encoder pass reads; future outputs a
                                        decoder predicts
+    F                                  future targets that the heads predict at once
     n                                  times at which one encoder pass makes memories
-    N, S                               rows of any batch (often B * n), positions of any stream
+    N, S                               rows of any batch (often B * n), positions of any stream;
+                                       in spans, updates
     x       x         (B, T) int64     inputs
     y       y         (B, T) int64     targets, -1 = no target here
     m       m_t       (B, K, d)        memory after x_0 .. x_t; tokens have root-mean-square 1
@@ -29,6 +32,7 @@ The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/te
     decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the last token before.
 """
 import contextlib
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -44,10 +48,11 @@ class ModelConfig:
     vocab: int              # input ids 0 .. vocab-1, the last one is BOS
     n_out: int              # V
     T: int                  # T: sequence length, and rows of the timestamp table
-    d_model: int = 64       # d
+    d_model: int = 64       # width of all streams
     n_heads: int = 2        # H
-    head_dim: int = 0       # hd; 0 = d / H
+    head_dim: int = 0       # hd; 0 = d_model / H
     mem_tokens: int = 4     # K
+    mem_dim: int = 0        # d; 0 = d_model
     enc_layers: int = 2
     dec_layers: int = 2
     rnn_layers: int = 2
@@ -55,18 +60,26 @@ class ModelConfig:
     encoder: str = "causal"
     ctx_len: int = 0        # Tc
     fut_len: int = 16       # Tf
-    timestamps: bool = True
+    heads: int = 28         # F
+    timestamps: str = "all"
+
+    def __post_init__(self):
+        self.mem_dim = self.mem_dim or self.d_model
 
     @property
     def update_layers(self) -> int:
-        """Layers of one update that must run one after another; a GRU is one cell."""
+        """Layers of one update that run one after another."""
         return 1 if self.rnn == "gru" else self.rnn_layers
+
+
+ROWS = 16_384  # of one call; CUDA's attention kernels take 65,535 at most
 
 
 def autocast(device: str):
     """bf16 on CUDA; fp32 elsewhere (bf16 is slower than fp32 on the CPUs tried)."""
-    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else \
-        contextlib.nullcontext()
+    if device.startswith("cuda"):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def norm(h: Tensor) -> Tensor:
@@ -79,6 +92,11 @@ def rope(pos: Tensor, hd: int) -> tuple[Tensor, Tensor]:
     freq = 10000.0 ** (-torch.arange(0, hd, 2, device=pos.device, dtype=torch.float32) / hd)
     angle = pos.float()[:, None] * freq
     return angle.cos(), angle.sin()
+
+
+def resize(width: int, new: int) -> nn.Module:
+    """A linear map between the memory's width and the stream's, where they differ."""
+    return nn.Identity() if width == new else nn.Linear(width, new, bias=False)
 
 
 class Block(nn.Module):
@@ -126,10 +144,10 @@ class Event(nn.Module):
     paper's "timestamped set"). Normalised, so that events and memory tokens enter the networks on
     one scale."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, timed: bool):
         super().__init__()
         self.symbol = nn.Embedding(c.vocab, c.d_model)
-        self.time = nn.Embedding(c.T, c.d_model) if c.timestamps else None
+        self.time = nn.Embedding(c.T, c.d_model) if timed else None
         for table in (self.symbol, self.time):
             if table is not None:
                 nn.init.normal_(table.weight, std=c.d_model ** -0.5)
@@ -141,83 +159,54 @@ class Event(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E_phi: context tokens and K learned registers; the registers' outputs are the memory.
+    """E_phi: the past becomes a memory. Two forms with one interface:
 
-    Two attention patterns over the same weights:
-
-    bidirectional   the paper's. One time a pass: [x_{t+1-Tc} .. x_t, registers], full attention.
-    causal          tokens attend causally and never see a register, so their keys and values are
-                    computed once; then n groups of K registers, group i placed at time t_i, each
-                    attend to the tokens up to t_i and to themselves. One pass gives the memories of
-                    n times.
-
-    A register k of time t has the same RoPE position in both: (tokens read) + k.
+    bidirectional   the paper's. One time a pass: [x_{t+1-Tc} .. x_t, K learned registers], full
+                    attention; the registers' outputs are the memory.
+    causal          a plain causal Transformer over x; the memory at t is K linear projections of
+                    the state of token t. One pass makes the memories of all times.
     """
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.c = c
-        self.event = Event(c)
-        self.registers = nn.Parameter(torch.randn(c.mem_tokens, c.d_model))
+        self.event = Event(c, timed=c.timestamps != "none")
         self.blocks = nn.ModuleList(Block(c, c.enc_layers) for _ in range(c.enc_layers))
+        if c.encoder == "bidirectional":
+            self.registers = nn.Parameter(torch.randn(c.mem_tokens, c.d_model))
+            self.w_memory = resize(c.d_model, c.mem_dim)
+        else:
+            self.w_memory = nn.Linear(c.d_model, c.mem_tokens * c.mem_dim, bias=False)
 
-    def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        """Memories of x (B, T) int64 at `times` (n,), int64 on the CPU -> (B, n, K, d)."""
-        if self.c.encoder == "bidirectional":
-            return torch.stack([self.encode_window(x, t) for t in times.tolist()], dim=1)
-        assert times.max() < self.c.ctx_len, \
-            f"causal labels exist for t < Tc = {self.c.ctx_len}, asked for t = {times.max()}; " \
+    def forward(self, x: Tensor, times: Tensor | None = None) -> Tensor:
+        """Memories of x (B, T) int64 at `times` (n,) int64, None = all T -> (B, n, K, d)."""
+        if self.c.encoder == "causal":
+            m = self.encode_all(x if times is None else x[:, :int(times.max()) + 1])
+            return m if times is None else m[:, times.to(x.device)]
+        times = torch.arange(x.shape[1]) if times is None else times
+        return torch.stack([self.encode_window(x, t) for t in times.tolist()], dim=1)
+
+    def encode_all(self, x: Tensor) -> Tensor:
+        """x (B, L) -> the memories of all L times (B, L, K, d)."""
+        assert x.shape[1] <= self.c.ctx_len, \
+            f"causal labels exist for t < Tc = {self.c.ctx_len}, asked for t = {x.shape[1] - 1}; " \
             "raise --ctx_len"
-        past = self.encode_tokens(x[:, :times.max() + 1])
-        return torch.cat([self.encode_groups(past, ts) for ts in times.split(8)], dim=1)
+        when = torch.arange(x.shape[1], device=x.device)
+        h, angles = self.event(x, when), rope(when, self.blocks[0].hd)
+        for block in self.blocks:
+            h = block(h, angles, causal=True)
+        return norm(self.w_memory(norm(h)).unflatten(-1, (self.c.mem_tokens, self.c.mem_dim)))
 
     def encode_window(self, x: Tensor, t: int) -> Tensor:
-        """The paper's pass: the last Tc tokens up to t, then the registers, full attention ->
-        (B, K, d)."""
+        """The last Tc tokens up to t, then the registers, full attention -> (B, K, d)."""
         start = max(0, t + 1 - self.c.ctx_len)
         when = torch.arange(start, t + 1, device=x.device)
-        tokens = self.event(x[:, start:t + 1], when)
-        h = torch.cat([tokens, self.registers.expand(len(x), -1, -1)], dim=1)
+        registers = self.registers.expand(len(x), -1, -1)
+        h = torch.cat([self.event(x[:, start:t + 1], when), registers], dim=1)
         angles = rope(torch.arange(h.shape[1], device=x.device), self.blocks[0].hd)
         for block in self.blocks:
             h = block(h, angles)
-        return norm(h[:, t + 1 - start:])
-
-    def encode_tokens(self, x: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
-                      ) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of x (B, L) under causal attention, per layer: 2 x (B, H, L, hd). With
-        the `past` of the tokens before, x is the one next token (B, 1), and the result is the
-        longer past."""
-        start = past[0][0].shape[2] if past else 0
-        when = torch.arange(start, start + x.shape[1], device=x.device)
-        h, out = self.event(x, when), []
-        angles = rope(when, self.blocks[0].hd)
-        for i, block in enumerate(self.blocks):
-            q, k, v = block.qkv(h, angles)
-            if past:
-                k, v = torch.cat([past[i][0], k], 2), torch.cat([past[i][1], v], 2)
-            out.append((k, v))
-            if i + 1 < len(self.blocks):  # nobody reads the tokens' outputs of the last layer
-                h = block.mix(h, q, k, v, causal=not past)
-        return out
-
-    def encode_groups(self, past: list[tuple[Tensor, Tensor]], times: Tensor) -> Tensor:
-        """Register groups at `times` (n,) on the CPU, reading the tokens' `past` ->
-        (B, n, K, d)."""
-        k, _ = past[0]
-        B, n, K, L, dev = len(k), len(times), self.c.mem_tokens, int(times.max()) + 1, k.device
-        when = times.repeat_interleave(K).to(dev)                       # (n K,) of each register
-        sees_token = torch.arange(L, device=dev) <= when[:, None]              # (n K, L)
-        same = torch.eye(n, dtype=torch.bool, device=dev)
-        sees_group = same.repeat_interleave(K, 0).repeat_interleave(K, 1)      # (n K, n K)
-        mask = torch.cat([sees_token, sees_group], dim=1)                      # (n K, L + n K)
-        angles = rope(when + 1 + torch.arange(K, device=dev).repeat(n), self.blocks[0].hd)
-        h = self.registers.repeat(n, 1).expand(B, -1, -1)                      # (B, n K, d)
-        for block, (k, v) in zip(self.blocks, past):
-            q, rk, rv = block.qkv(h, angles)
-            k, v = torch.cat([k[:, :, :L], rk], 2), torch.cat([v[:, :, :L], rv], 2)
-            h = block.mix(h, q, k, v, mask)
-        return norm(h).view(B, n, K, -1)
+        return norm(self.w_memory(h[:, t + 1 - start:]))
 
 
 class Decoder(nn.Module):
@@ -228,7 +217,8 @@ class Decoder(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.c = c
-        self.event = Event(c)
+        self.event = Event(c, timed=c.timestamps == "all")
+        self.w_read = resize(c.mem_dim, c.d_model)
         self.blocks = nn.ModuleList(Block(c, c.dec_layers) for _ in range(c.dec_layers))
         self.head = nn.Linear(c.d_model, c.n_out, bias=False)
         nn.init.zeros_(self.head.weight)  # predictions start uniform, the loss at log V
@@ -239,11 +229,11 @@ class Decoder(nn.Module):
         Returns logits (N, 1 + F, V) of y_t .. y_{t+F}; without memory (K = 0) logits (N, F, V) of
         y_{t+1} .. .
         """
-        h, K = m, m.shape[1]
+        h, K = self.w_read(m), m.shape[1]
         if x_fut is not None:
             when = t[:, None] + 1 + torch.arange(x_fut.shape[1], device=m.device)
             when = when.clamp(max=self.c.T - 1)  # past the end: padding
-            h = torch.cat([m, self.event(x_fut, when)], dim=1)
+            h = torch.cat([h, self.event(x_fut, when)], dim=1)
         angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
         for block in self.blocks[:-1]:
             h = block(h, angles, causal=True)
@@ -264,15 +254,16 @@ class TransformerUpdater(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.event = Event(c)
+        self.event = Event(c, timed=c.timestamps == "all")
+        self.w_read, self.w_write = resize(c.mem_dim, c.d_model), resize(c.d_model, c.mem_dim)
         self.blocks = nn.ModuleList(Block(c, c.rnn_layers) for _ in range(c.rnn_layers))
 
     def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        h = torch.cat([m, self.event(x, t)[:, None]], dim=1)                   # (N, K + 1, d)
+        h = torch.cat([self.w_read(m), self.event(x, t)[:, None]], dim=1)      # (N, K + 1, d)
         angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
         for block in self.blocks:
             h = block(h, angles)
-        return h[:, :-1]
+        return self.w_write(h[:, :-1])
 
 
 class MLPUpdater(nn.Module):
@@ -280,8 +271,8 @@ class MLPUpdater(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.event = Event(c)
-        size = c.mem_tokens * c.d_model
+        self.event = Event(c, timed=c.timestamps == "all")
+        size = c.mem_tokens * c.mem_dim
         layers = lambda rows, columns: nn.ModuleList(
             nn.Linear(rows, columns, bias=False) for _ in range(c.rnn_layers))
         self.w_up = layers(size + c.d_model, 2 * size)
@@ -302,8 +293,8 @@ class GRUUpdater(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.event = Event(c)
-        self.cell = nn.GRUCell(c.d_model, c.mem_tokens * c.d_model)
+        self.event = Event(c, timed=c.timestamps == "all")
+        self.cell = nn.GRUCell(c.d_model, c.mem_tokens * c.mem_dim)
 
     def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return self.cell(self.event(x, t), m.flatten(1)).view_as(m)
@@ -319,7 +310,7 @@ class RNN(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.c = c
-        self.m0 = nn.Parameter(norm(torch.randn(c.mem_tokens, c.d_model)))
+        self.m0 = nn.Parameter(norm(torch.randn(c.mem_tokens, c.mem_dim)))
         self.updater = UPDATERS[c.rnn](c)
         self.readout = Decoder(c)
 
@@ -328,20 +319,22 @@ class RNN(nn.Module):
         return self.m0.expand(n, -1, -1)
 
     def update(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """m_t from m_{t-1} (N, K, d), x_t (N,) int64 and t (N,) int64 (Eq. 1), RMS-normalised per
-        token."""
-        return norm(self.updater(m, x, t))
+        """m_t from m_{t-1} (..., K, d), x_t (...) int64 and t int64, which may lack leading
+        dimensions (Eq. 1); RMS-normalised per token. All rows at once, whatever their times."""
+        rows = self.updater(m.flatten(0, -3), x.flatten(), t.expand_as(x).flatten())
+        return norm(rows).unflatten(0, m.shape[:-2])
 
     def logits(self, m: Tensor) -> Tensor:
         """Logits of y_t from m_t: (..., K, d) -> (..., V)."""
-        return self.readout(m.flatten(0, -3))[:, 0].unflatten(0, m.shape[:-2])
+        rows = m.flatten(0, -3).split(ROWS)
+        return torch.cat([self.readout(m)[:, 0] for m in rows]).unflatten(0, m.shape[:-2])
 
-    def rollout(self, m: Tensor, x: Tensor, t: int) -> Tensor:
+    def rollout(self, m: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """Own memories on data inputs: from m = m_{t-1} (B, K, d) read x (B, S) =
-        x_t .. x_{t+S-1} -> (B, S, K, d)."""
-        out = []
+        x_t .. x_{t+S-1} -> (B, S, K, d). t is one time, or one for each row (B,)."""
+        t, out = torch.as_tensor(t, device=x.device), []
         for i in range(x.shape[1]):
-            m = self.update(m, x[:, i], torch.full_like(x[:, i], t + i))
+            m = self.update(m, x[:, i], t + i)
             out.append(m)
         return torch.stack(out, dim=1) if out else m.new_empty(len(m), 0, *m.shape[1:])
 
@@ -350,25 +343,59 @@ class RNN(nn.Module):
         m0 = self.start(len(x))
         return torch.cat([m0[:, None], self.rollout(m0, x[:, 1:], 1)], dim=1)
 
+    @torch.no_grad()
+    def own_memories(self, labels: Tensor, x: Tensor, times: Tensor, horizon: int,
+                     gen: torch.Generator, sweeps: bool = False,
+                     tube: float = math.inf) -> Tensor:
+        """Where the RNN really is: its own memories, at most horizon - 1 updates away from an
+        encoder's, without a graph: (B, n, K, d).
 
-def futures(x: Tensor, y: Tensor, times: Tensor, Tf: int) -> tuple[Tensor, Tensor]:
-    """What a decoder at `times` is given and asked for (Eq. 2).
+        labels (B, n, K, d) are the encoder's memories at n consecutive times, x (B, n) the inputs
+        there. Every sequence is cut into pieces of `horizon` times, the first of random length; at
+        the start of a piece the memory is the encoder's, from there the RNN runs alone, all pieces
+        at once. With `sweeps` instead horizon - 1 Jacobi sweeps m_t <- f(m_{t-1}, x_t) over all
+        times at once; n - 1 of them are the exact rollout.
 
-    x, y (B, T) int64; times (n,) int64 -> x_fut (B, n, Tf-1) = x_{t+1} .., y_fut (B, n, Tf) = y_t
-    ..; past the end inputs repeat the last one and targets are -1.
-    """
-    T = x.shape[1]
-    when = times.to(x.device)[:, None] + torch.arange(Tf, device=x.device)     # (n, Tf)
-    y_fut = y[:, when.clamp(max=T - 1)].masked_fill(when >= T, -1)
-    return x[:, when[:, 1:].clamp(max=T - 1)], y_fut
+        A memory with a mean square error above `tube` is put back on its label: it has lost what
+        the label holds, no later input brings that back, and whoever learns from there learns to
+        forget.
+        """
+        n, times = x.shape[1], times.to(x.device)
+        horizon, own = min(horizon, n), labels.detach().clone()
+
+        def run(before: slice, now: slice) -> None:
+            m = self.update(own[:, before], x[:, now], times[now]).to(own.dtype)
+            lost = (m - labels[:, now]).square().mean((2, 3), keepdim=True) > tube
+            own[:, now] = torch.where(lost, labels[:, now], m)
+
+        if sweeps:
+            for _ in range(horizon - 1):
+                run(slice(0, n - 1), slice(1, n))
+            return own
+        start = int(torch.randint(horizon, (), generator=gen)) if horizon < n else 0
+        for age in range(1, horizon):
+            first = (start + age) % horizon or horizon  # the places i >= 1 with i - start = age
+            if first < n:
+                run(slice(first - 1, n - 1, horizon), slice(first, n, horizon))
+        return own
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean nats over the valid targets of y (...,) with logits (..., V); 0 where every target is
-    masked."""
-    total = F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), ignore_index=-1,
-                            reduction="sum")
-    return total / (y >= 0).sum().clamp(min=1)
+class Heads(nn.Module):
+    """Multi-token prediction: linear maps from a memory to its next F targets. They make every
+    memory say what comes, for almost nothing. They help to train; no reported number reads them."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.shape = (c.heads, c.n_out)
+        self.linear = nn.Linear(c.mem_tokens * c.mem_dim, c.heads * c.n_out, bias=False)
+        nn.init.zeros_(self.linear.weight)  # as the decoder's: predictions start uniform
+
+    def forward(self, m: Tensor) -> Tensor:
+        """m (N, K, d) -> logits (N, F, V)."""
+        return self.linear(m.flatten(1)).unflatten(1, self.shape)
+
+
+FORMAT = 2  # of checkpoints; counted up when older files cannot be used any more
 
 
 class CheckpointError(Exception):
@@ -391,7 +418,7 @@ def load_checkpoint(path: str) -> dict:
                               "truncated, take another one") from None
     kinds = dict(format=int, script=str, config=dict, model=dict)
     if not isinstance(ckpt, dict) \
-            or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != 1 \
+            or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != FORMAT \
             or not {"dataset", "preset"} <= ckpt["config"].keys() or "image" not in ckpt \
             or not {"rnn", "decoder"} & ckpt.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or "
@@ -400,9 +427,9 @@ def load_checkpoint(path: str) -> dict:
 
 
 def build(ckpt: dict, *names: str) -> list[nn.Module]:
-    """The networks `names` ("encoder", "decoder", "rnn") of a checkpoint, with its weights, in eval
-    mode."""
-    kinds = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN}
+    """The networks `names` ("encoder", "decoder", "rnn", "heads") of a checkpoint, with its
+    weights, in eval mode."""
+    kinds = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN, "heads": Heads}
     out = []
     for name in names:
         try:

@@ -19,39 +19,42 @@ PRESETS["laptop"] = {
     "n_heads": 2,
     "head_dim": 0,
     "mem_tokens": 4,
+    "mem_dim": 0,
     "enc_layers": 2,
     "dec_layers": 2,
     "rnn_layers": 2,
     "ctx_len": 0,
     "fut_len": 16,
-    "timestamps": True,
+    "heads": 28,
+    "timestamps": "all",
 
     # the optimiser       SMT           DMT           BPTT
     "optimizer": "muon",
-    "lr":                (5e-3,         1e-3,         1e-2),
-    "warmup":            (50,           100,          50),
+    "lr":                (5e-3,         4e-3,         1e-2),
+    "warmup":            (50,           30,           50),
     "decay": True,
     "ema": 0.99,
-    "batch_size": 24,
+    "batch_size":        (12,           96,           24),
 
     # the objective       SMT           DMT           BPTT
     "lambda_dec":        (1.0,          1.0,          _),
     "lambda_dyn":        (0.3,          _,            _),
     "lambda_unif":       (0.001,        _,            _),
-    "lambda_mse":        (_,            0.1,          _),
-    "lambda_kl":         (_,            0.0,          _),
+    "lambda_mse":        (_,            0.03,         _),
     "detach_rnn":        (False,        _,            _),
     "detach_dec":        (_,            False,        _),
-    "runs":              (2,            _,            _),
-    "run_len":           (8,            _,            _),
-    "chain":             (0.9,          _,            _),
-    "decode_own":        (0.5,          _,            _),
-    "decode":            (0,            128,          _),
+    "times":             (0,            _,            _),
+    "rnn_batch":         (3,            _,            _),
+    "decode_own":        (True,         _,            _),
+    "first":             (0.25,         0.25,         _),
+    "futures":           (48,           16,           _),
+    "horizon":           (0,            0,            _),
     "micro":             (1,            _,            _),
-    "pairs":             (_,            512,          _),
+    "span":              (_,            16,           _),
+    "spans":             (_,            128,          _),
+    "reuse":             (_,            2,            _),
+    "sweeps":            (_,            False,        _),
     "tube":              (_,            0.0,          _),
-    "horizon":           (_,            0,            _),
-    "rollout":           (_,            "sequential", _),
     "truncate":          (_,            _,            0),
     "recompute":         (_,            _,            0),
 
@@ -75,8 +78,6 @@ PRESETS["gpu"] = {  # the paper's widths and depths, with the laptop's cheap lab
     "lr":                (1e-3,         3e-4,         3e-4),
     "warmup": 200,
     "batch_size":        (128,          64,           128),
-    "pairs":             (_,            4096,         _),
-    "decode":            (_,            1024,         _),
     "minutes":           (12.0,         5.0,          17.0),
     "log_every": 50,
     "eval_every": 500,
@@ -94,7 +95,8 @@ PRESETS["paper"] = {
     "rnn_layers": 8,
     "ctx_len": 256,
     "fut_len": 64,
-    "timestamps": False,
+    "heads": 0,
+    "timestamps": "none",
     "optimizer": "adamw",
     "ema": 0.0,
     #                     SMT           DMT           BPTT
@@ -105,14 +107,16 @@ PRESETS["paper"] = {
     "lambda_dyn":        (0.1,          _,            _),
     "lambda_mse":        (_,            10.0,         _),
     "detach_dec":        (_,            True,         _),
-    "runs":              (1,            _,            _),
-    "run_len":           (2,            _,            _),
-    "chain":             (0.0,          _,            _),
-    "decode_own":        (0.0,          _,            _),
-    "decode":            (_,            0,            _),
+    "times":             (2,            _,            _),
+    "rnn_batch":         (0,            _,            _),
+    "decode_own":        (False,        _,            _),
+    "first":             (0.0,          0.0,          _),
+    "futures":           (32,           256,          _),  # of a micro-batch; of a step
+    "horizon":           (1,            256,          _),
     "micro":             (4,            _,            _),
-    "pairs":             (_,            4096,         _),
-    "horizon":           (_,            256,          _),
+    "span":              (_,            1,            _),
+    "spans":             (_,            4096,         _),
+    "reuse":             (_,            1,            _),
     "steps":             (150_000,      1500,         150_000),
     "minutes": 0.0,
     "log_every": 50,
@@ -133,10 +137,10 @@ KINDS["laptop", "text"] = {
 }
 KINDS["laptop", "sketchy"] = {
     "minutes":           (10.0,         5.0,          15.0),
-    "batch_size": 12,
+    "batch_size":        (4,            32,           12),
     "n_val": 40,
-    "runs":              (1,            _,            _),
     "fut_len":           (40,           _,            _),  # more than a row of pixels
+    "heads":             (64,           _,            _),
 }
 KINDS["any", "synthetic"] = {  # the paper: Tc = Tf = T for these
     "ctx_len": 0,
@@ -146,29 +150,11 @@ KINDS["laptop", "synthetic"] = {
     "minutes":           (6.0,          4.0,          10.0),
     "batch_size":        (64,           _,            64),
     "lr":                (_,            _,            2e-3),
-    "runs":              (1,            _,            _),
-    "decode":            (1,            32,           _),  # a whole future is long: read few
-    "decode_own":        (0.0,          _,            _),
-    "pairs":             (_,            128,          _),
-    "lambda_dec":        (_,            0.1,          _),
-    "lambda_mse":        (_,            1.0,          _),
     "tube":              (_,            0.5,          _),
 }
 KINDS["paper", "synthetic"] = {  # the paper trains many memories of each sequence here
-    "runs":              (8,            _,            _),
+    "times":             (8,            _,            _),
     "micro":             (1,            _,            _),
-}
-# Targets all the way: short futures from many memories ask for the state sooner than long ones
-# from one.
-KINDS["laptop", "tracking"] = {
-    "batch_size":        (40,           _,            _),
-    "run_len":           (16,           _,            _),
-    "fut_len":           (8,            _,            _),
-    "decode":            (10,           128,          _),
-    "decode_own":        (0.5,          _,            _),
-    "pairs":             (_,            512,          _),
-    "lambda_dec":        (_,            1.0,          _),
-    "lambda_mse":        (_,            0.1,          _),
 }
 
 

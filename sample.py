@@ -18,7 +18,7 @@ from torch import Tensor
 import flags
 from console import cli, demand, fail, parser, pick_device
 from data import TEXTS, sequences_to_images
-from model import RNN, Decoder, Encoder, autocast, build
+from model import RNN, autocast, build
 from sources import text
 from sources.files import Data, written_whole
 from sources.images import grid, save_png
@@ -58,29 +58,8 @@ def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float 
     return out
 
 
-@torch.no_grad()
-def generate_teacher(encoder: Encoder, decoder: Decoder, n: int, T: int,
-                     gen: torch.Generator) -> Tensor:
-    """n sequences from encoder and decoder: (n, T) int64 on the CPU. The causal encoder keeps keys
-    and values of what it has read; the bidirectional one reads its window again every time."""
-    device = encoder.registers.device
-    x, past = torch.full((n, 1), encoder.c.vocab - 1, device=device), None  # BOS
-    for t in range(T):
-        with autocast(str(device)):
-            if encoder.c.encoder == "causal":
-                past = encoder.encode_tokens(x[:, t:], past)
-                m = encoder.encode_groups(past, torch.tensor([t]))
-            else:
-                m = encoder(x, torch.tensor([t]))
-            logits = decoder(m[:, 0])[:, 0]
-        x = torch.cat([x, pick(logits, 1.0, 0, gen)[:, None].to(device)], dim=1)
-    return x[:, 1:].cpu()
-
-
-def draw_samples(out_dir: str, task: Data, rnn: RNN, encoder: Encoder | None = None,
-                 decoder: Decoder | None = None, n: int = 40) -> None:
-    """samples.png: n drawings of the RNN's own rollout; with encoder and decoder the teacher's to
-    its left. samples.txt for tasks that are not pictures."""
+def draw_samples(out_dir: str, task: Data, rnn: RNN, n: int = 40) -> None:
+    """samples.png: n drawings of the RNN alone. samples.txt for tasks that are not pictures."""
     gen = torch.Generator().manual_seed(0)
     if task.image is None:
         told = continuations(rnn, 3, task.T, gen) if task.name in TEXTS else answers(task, rnn, 16)
@@ -88,12 +67,8 @@ def draw_samples(out_dir: str, task: Data, rnn: RNN, encoder: Encoder | None = N
         with written_whole(path, "w", mend="give another folder with --out_dir") as f:
             f.write(told)
         return
-    drawn = lambda y: grid(np.asarray(sequences_to_images(task, y)), 8)
-    page = drawn(generate(rnn, n, task.T, gen))
-    if encoder is not None:
-        left = drawn(generate_teacher(encoder, decoder, n, task.T, gen))
-        page = np.concatenate([left, np.full((len(page), 24), 255, np.uint8), page], axis=1)
-    save_png(os.path.join(out_dir, "samples.png"), page)
+    drawn = sequences_to_images(task, generate(rnn, n, task.T, gen))
+    save_png(os.path.join(out_dir, "samples.png"), grid(np.asarray(drawn), 8))
 
 
 def continuations(rnn: RNN, n: int, chars: int, gen: torch.Generator, temperature: float = 1.0,

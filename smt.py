@@ -1,12 +1,12 @@
 """Supervised Memory Training (Eq. 2-5): encoder, decoder and RNN learn together, nothing recurs.
 
-    python smt.py                                   # glyphs: nothing to download, 5 minutes
+    python smt.py                                   # glyphs: nothing to download, 3 minutes
     python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
     python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
 
-One step: the encoder makes the memories of a few short runs of consecutive times, the decoder
-predicts the future from each of them, and the RNN learns the transition inside each run. Writes
-runs/smt-<dataset>.
+One step: one pass of the encoder makes the memories of all times; the RNN learns all transitions
+between them at once; decoder and heads predict the future from every one of them. A gradient
+crosses one update at most. Writes runs/smt-<dataset>.
 """
 from dataclasses import dataclass
 
@@ -19,31 +19,40 @@ import trainer
 from console import cli
 from evaluate import evaluate, summary
 from flags import flag
-from model import RNN, Decoder, Encoder, ModelConfig, autocast, cross_entropy, futures
+from losses import predictive
+from model import RNN, Decoder, Encoder, Heads, ModelConfig, autocast
 from sample import draw_samples
 
 
 @dataclass(kw_only=True)
 class Config(flags.Config):
-    lambda_dec: float = flag("weight of the decoder's loss, Eq. 2")
+    lambda_dec: float = flag("weight of the predictions, Eq. 2")
     lambda_dyn: float = flag("weight of the one-step dynamics loss, Eq. 3")
     lambda_unif: float = flag("weight of the uniformity loss, Eq. 4")
-    detach_rnn: bool = flag("the RNN does not shape the memories: no gradient, no --decode_own")
-    runs: int = flag("runs of consecutive times in each sequence")
-    run_len: int = flag("times in a run, which holds run_len - 1 transitions")
-    chain: float = flag("how often a transition starts from the RNN's memory; the paper: 0")
-    decode_own: float = flag("how often the decoder reads what the RNN made; the paper: 0")
-    decode: int = flag("memories of each sequence that the decoder reads; 0 = all")
+    detach_rnn: bool = flag("the RNN does not shape the memories: no gradient to the encoder")
+    times: int = flag("consecutive times whose memories a step makes; 0 = all; the paper: 2")
+    rnn_batch: int = flag("sequences of the batch that the RNN learns from; 0 = all")
+    decode_own: bool = flag("what the RNN made must predict, too; the paper: no")
+    horizon: int = flag("on-policy transitions, after up to so many updates alone (grows to it; "
+                        "0 = the sequence); the paper: 1, none")
+    futures: int = flag("memories whose whole future the decoder predicts")
+    first: float = flag("part of the memories whose y_t the decoder predicts; the paper: 0")
     micro: int = flag("micro-batches a step, each with times of its own")
 
 
-def sample_times(T: int, runs: int, run_len: int, gen: torch.Generator) -> Tensor:
-    """Runs of consecutive times, (runs, run_len) int64 on the CPU. Starts may fall before 0 or late
-    and are pushed inside: the first and the last time come up as often as those in the middle,
-    their neighbours up to twice."""
-    run_len = min(run_len, T)
-    start = torch.randint(1 - run_len, T, (runs, 1), generator=gen).clamp(0, T - run_len)
-    return start + torch.arange(run_len)
+def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
+    """n consecutive times, (n,) int64 on the CPU; all of them for n = 0. The start may fall before
+    0 or late and is pushed inside: the first and the last time come up as often as those in the
+    middle, their neighbours up to twice."""
+    n = min(n or T, T)
+    start = int(torch.randint(1 - n, T, (), generator=gen)) if n < T else 0
+    return min(max(start, 0), T - n) + torch.arange(n)
+
+
+def horizon_at(progress: float, most: int) -> int:
+    """Curriculum: 4 updates alone at first, growing geometrically to `most` when 80 % of the run
+    is done. At first the RNN's own memories are no place to learn from."""
+    return min(most, round(4 * (most / 4) ** min(1.0, progress / 0.8)))
 
 
 def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
@@ -59,54 +68,51 @@ def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
     return torch.logsumexp(-2 * distance.flatten(), 0) - (~same).sum().clamp(min=1).log()
 
 
-def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, x: Tensor, y: Tensor, times: Tensor,
-              cfg: Config, gen: torch.Generator) -> dict[str, Tensor]:
-    """Eq. 2-5 on x, y (B, T) int64 at `times` (runs, run_len) int64 -> named scalars; "loss" is
-    Eq. 5."""
-    flat, dev = times.flatten(), x.device
-    m = encoder(x, flat)                                                        # (B, n, K, d)
-    B, n = m.shape[:2]
+def on_policy(rnn: RNN, label: Tensor, x: Tensor, times: Tensor, horizon: int,
+              gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ours: the transitions once more, from where the RNN is after up to horizon - 1 updates alone.
+    They are what DMT learns from later; here they share a step with everything else, and they do
+    not pull at the encoder. (B, n, K, d) -> new memories (B, n-1, K, d), mean square error."""
+    own = rnn.own_memories(label, x, times, horizon, gen)
+    made = rnn.update(own[:, :-1], x[:, 1:], times[1:])
+    return made, F.mse_loss(made.float(), label[:, 1:].detach().float())
 
-    # L_dyn, Eq. 3: (m_{t-1}, x_t) -> m_t inside each run. With probability `chain` the next input
-    # is what the RNN itself just made, without its graph: it learns to correct its errors. Such
-    # pairs do not pull at the encoder.
-    label = m.detach() if cfg.detach_rnn else m
-    label = label.unflatten(1, times.shape).unbind(2)                   # run_len x (B, runs, K, d)
-    coins = lambda p, *shape: (torch.rand(*shape, 1, 1, generator=gen) < p).to(dev)
-    before, own = label[0], torch.zeros(B, len(times), 1, 1, dtype=torch.bool, device=dev)
-    made, errors = [before], []
-    for i in range(1, times.shape[1]):
-        now = times[:, i].to(dev)                                               # (runs,)
-        new = rnn.update(before.flatten(0, 1), x[:, now].flatten(), now.repeat(B))
-        made.append(new.view_as(before))
-        target = torch.where(own, label[i].detach(), label[i])
-        errors.append((made[i].float() - target.float()).square().mean())
-        own = coins(cfg.chain, B, len(times))
-        before = torch.where(own, made[i].detach(), label[i])
-    dyn = torch.stack(errors).mean()
 
-    # L_dec, Eq. 2: the memory predicts the future, and is all the decoder sees of the past. With
-    # probability `decode_own` it is the memory that the RNN has just made: its errors matter as far
-    # as they spoil predictions.
-    x_fut, y_fut = futures(x, y, flat, decoder.c.fut_len)               # (B, n, Tf - 1), (B, n, Tf)
-    read = torch.where(coins(0 if cfg.detach_rnn else cfg.decode_own, B, n),
-                       torch.stack(made, 2).flatten(1, 2), m)
-    some = torch.rand(B, n, generator=gen).argsort(1)[:, :cfg.decode or n]  # of the n, in each row
-    b, i = torch.arange(B)[:, None].expand_as(some).flatten().to(dev), some.flatten().to(dev)
-    logits = decoder(read[b, i], x_fut[b, i], flat.to(dev)[i])
-    dec = cross_entropy(logits, y_fut[b, i])
+def with_made(m: Tensor, made: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ours: what the RNN made must predict, too; that shapes a memory that an RNN can keep. m (B,
+    n, K, d) and made (B' or 2 B', n-1, K, d) of the first B' sequences, once or twice -> memories
+    (N, n, K, d) of sequences x, y (N, T)."""
+    few = len(made) if len(made) <= len(m) else len(made) // 2
+    made = torch.cat([m[:few, :1].repeat(len(made) // few, 1, 1, 1), made], dim=1)
+    x, y = (torch.cat([v, v[:few].repeat(len(made) // few, 1)]) for v in (x, y))
+    return torch.cat([m, made]), x, y
 
-    unif = uniformity(m, gen)                                                   # Eq. 4
-    loss = cfg.lambda_dec * dec + cfg.lambda_dyn * dyn + cfg.lambda_unif * unif  # Eq. 5
+
+def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None, x: Tensor,
+              y: Tensor, times: Tensor, horizon: int, cfg: Config,
+              gen: torch.Generator) -> dict[str, Tensor]:
+    """Eq. 2-5 on x, y (B, T) int64 at consecutive `times` (n,) -> named scalars; "loss" is Eq. 5.
+    The RNN learns on the first --rnn_batch sequences; horizon 1 leaves out what is on-policy."""
+    few = slice(cfg.rnn_batch or None)
+    m = encoder(x, times)                                               # (B, n, K, d)
+    label, x_now = m[few].detach() if cfg.detach_rnn else m[few], x[few][:, times]
+    made = rnn.update(label[:, :-1], x_now[:, 1:], times[1:])           # all transitions at once
+    dyn = F.mse_loss(made.float(), label[:, 1:].float())                # Eq. 3
+    if horizon > 1:
+        again, error = on_policy(rnn, label, x_now, times, horizon, gen)
+        made, dyn = torch.cat([made, again]), (dyn + error) / 2
+    unif = uniformity(m, gen)                                           # Eq. 4
+    read, x, y = with_made(m, made, x, y) if cfg.decode_own else (m, x, y)
+    dec = predictive(decoder, heads, read, times.expand(len(x), -1), x, y, cfg, gen)    # Eq. 2
+    loss = cfg.lambda_dec * dec["dec"] + cfg.lambda_dyn * dyn + cfg.lambda_unif * unif  # Eq. 5
     spread = m.detach().float().var((0, 1), correction=0).mean()        # 0: memory has collapsed
-    return dict(loss=loss, dec=dec, dyn=dyn, unif=unif, variance=spread)
+    return dict(loss=loss, dyn=dyn, unif=unif, variance=spread) | dec
 
 
-def sequential_layers(c: ModelConfig, cfg: Config) -> int:
-    """Layers of one step that must run one after another: the encoder's, those of a run's chained
-    updates (without a chain all transitions are made at once), the decoder's."""
-    updates = min(cfg.run_len, c.T) - 1 if cfg.chain else 1
-    return c.enc_layers + updates * c.update_layers + c.dec_layers
+def sequential_layers(c: ModelConfig, cfg: Config, horizon: int) -> int:
+    """Layers of one step that must run one after another: the encoder's, those of the rollout
+    without a graph and of one update, the decoder's."""
+    return c.enc_layers + min(horizon, cfg.times or c.T) * c.update_layers + c.dec_layers
 
 
 @torch.no_grad()
@@ -122,23 +128,27 @@ def main(argv) -> None:
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
-    nets = dict(encoder=encoder, decoder=decoder, rnn=rnn)
-    trained = [[*encoder.parameters(), *decoder.parameters()], [*rnn.updater.parameters()]]
+    heads = Heads(c).to(device) if c.heads else None
+    nets = dict(encoder=encoder, decoder=decoder, rnn=rnn) | (dict(heads=heads) if heads else {})
+    teacher = [p for name, net in nets.items() if name != "rnn" for p in net.parameters()]
+    trained = [teacher, [*rnn.updater.parameters()]]
     # a causal encoder makes labels for t < Tc alone
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
 
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         run.set_learning_rate()
+        horizon = horizon_at(run.progress, min(cfg.horizon or T, cfg.times or T))
         means = {}
         for _ in range(cfg.micro):
             x, y = task.batch(cfg.batch_size // cfg.micro, run.gen)             # (B, T) each
-            times = sample_times(T, cfg.runs, cfg.run_len, run.gen)             # (runs, run_len)
+            times = sample_times(T, cfg.times, run.gen)                         # (n,)
             with autocast(device):
-                losses = objective(encoder, decoder, rnn, x, y, times, cfg, run.gen)
+                losses = objective(encoder, decoder, rnn, heads, x, y, times.to(device), horizon,
+                                   cfg, run.gen)
             (losses["loss"] / cfg.micro).backward()
             means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
-        run.update(means, cfg.batch_size * task.T, sequential_layers(c, cfg))
+        run.update(means, cfg.batch_size * task.T, sequential_layers(c, cfg, horizon))
 
         # Readout and m_0 are copies: made of averaged weights, and only when somebody looks.
         if run.time_to_evaluate() or run.time_to_save():
@@ -147,7 +157,7 @@ def main(argv) -> None:
                 if run.time_to_evaluate():
                     got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)
                     run.report(summary(got), best="one_step")
-                    draw_samples(cfg.out_dir, task, rnn, encoder, decoder, n=min(40, cfg.n_val))
+                    draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():
                     run.save()
     run.finish()

@@ -37,7 +37,7 @@ from torch import nn
 
 from console import fail, pick_device
 from flags import load_data
-from model import CheckpointError, ModelConfig, load_checkpoint
+from model import FORMAT, CheckpointError, ModelConfig, load_checkpoint
 from muon import Muon
 from sources.files import Data, written_whole
 
@@ -62,7 +62,7 @@ def model_config(cfg, task: Data) -> ModelConfig:
     sizes = {k: v for k, v in vars(cfg).items() if k in names}
     return ModelConfig(**sizes | dict(
         vocab=task.vocab, n_out=task.n_out, T=task.T, ctx_len=cut(cfg.ctx_len),
-        fut_len=cut(cfg.fut_len), timestamps=cfg.timestamps and task.timestamps))
+        fut_len=cut(cfg.fut_len), heads=min(cfg.heads, task.T), timestamps=cfg.timestamps if task.timestamps else "none"))
 
 
 def compile_blocks(nets: dict[str, nn.Module]) -> None:
@@ -323,7 +323,7 @@ class Run:
 
     def state(self) -> dict:
         """What a user of the trained networks needs: plain types and tensors."""
-        return dict(format=1, script=self.script, step=self.step, tokens=self.tokens,
+        return dict(format=FORMAT, script=self.script, step=self.step, tokens=self.tokens,
                     layers=self.layers, config=dataclasses.asdict(self.cfg),
                     model=dataclasses.asdict(self.model), image=self.task.image,
                     metrics=self.metrics) | \

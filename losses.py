@@ -1,0 +1,95 @@
+"""Eq. 2: what a memory must predict. Encoder, RNN and readout are all judged by these functions.
+
+The paper decodes the whole future of one memory a sequence. A step can ask all its memories, if it
+asks cheaply; the sum of three questions is
+
+    futures   the paper's: a causal decoder reads the memory and the inputs to come, and predicts
+              Tf outputs (--futures of them a step)
+    first     y_t alone, from the memory alone: what the readout will be used for. Only a part is
+              decoded (--first), most of it where a cheap guess goes wrong
+    heads     the next F targets from every memory, by one linear map (--heads; model.Heads). They
+              make the guess
+
+--first 0 --heads 0 is the paper.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Decoder, Heads
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean nats over the valid targets of y (...,) with logits (..., V); 0 where every target is
+    masked."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), ignore_index=-1,
+                            reduction="sum")
+    return total / (y >= 0).sum().clamp(min=1)
+
+
+def futures(x: Tensor, y: Tensor, b: Tensor, t: Tensor, Tf: int) -> tuple[Tensor, Tensor]:
+    """What a decoder is given and asked for at time t (N,) of sequence b (N,).
+
+    x, y (B, T) int64 -> x_fut (N, Tf-1) = x_{t+1} .., y_fut (N, Tf) = y_t ..; past the end inputs
+    repeat the last one and targets are -1.
+    """
+    T = x.shape[1]
+    when = t[:, None] + torch.arange(Tf, device=x.device)                       # (N, Tf)
+    inside = when.clamp(max=T - 1)
+    return x[b[:, None], inside[:, 1:]], y[b[:, None], inside].masked_fill(when >= T, -1)
+
+
+def next_targets(y: Tensor, t: Tensor, n: int) -> Tensor:
+    """The n next valid targets of y (N, T) at or after the times t (N, S), -1 where there are no
+    more: (N, S, n). In a picture that is y_t .. y_{t+n-1}; in a task that asks once, at the end, it
+    is that answer."""
+    valid = y >= 0
+    where = (~valid).int().argsort(dim=1, stable=True)      # times of valid targets first, in order
+    passed = (valid.cumsum(1) - valid.long()).gather(1, t)  # how many of them lie before t
+    index = passed[..., None] + torch.arange(n, device=y.device)                # (N, S, n)
+    inside = index.clamp(max=y.shape[1] - 1).flatten(1)
+    found = y.gather(1, where.gather(1, inside)).view(index.shape)
+    return found.masked_fill(index >= valid.sum(1)[:, None, None], -1)
+
+
+def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """n rows in proportion to score (N,) >= 0 -> (rows (n,), weights (n,)): the mean over them of
+    weight * value estimates the mean of value over all N without bias, where score > 0.
+
+    Systematic sampling: one random offset, then even steps through the cumulated scores. It draws
+    evenly, always n rows, and asks the device for nothing.
+    """
+    share = score.double() + 1e-30  # all zero: no place is special
+    share = share / share.sum()
+    even = (torch.arange(n, device=score.device) + torch.rand((), generator=gen).item()) / n
+    rows = torch.searchsorted(share.cumsum(0), even.double()).clamp(max=len(score) - 1)
+    return rows, (1 / (len(score) * share[rows])).float()
+
+
+def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: Tensor, y: Tensor,
+               cfg, gen: torch.Generator) -> dict[str, Tensor]:
+    """L_dec, Eq. 2: memories m (N, S, K, d) at times t (N, S) of sequences x, y (N, T) int64 must
+    predict. Named scalars; "dec" is their sum. `decoder` is the teacher's, or the RNN's readout."""
+    out, target = {}, y.gather(1, t).flatten()
+    valid = (target >= 0).float()
+    wrong, rows = valid, m.flatten(0, 1)                    # without heads no place is special
+    if heads is not None:
+        guess, ahead = heads(rows), next_targets(y, t, heads.shape[0]).flatten(0, 1)   # (N S, F, V)
+        # the very next target counts as much as all of them together
+        out["heads"] = cross_entropy(guess, ahead) + cross_entropy(guess[:, 0], ahead[:, 0])
+        right = guess[:, 0].detach().float().softmax(-1).gather(1, target.clamp(min=0)[:, None])
+        wrong = (1 - right[:, 0]) * valid
+        wrong = wrong + valid * (0.2 * wrong.sum() / valid.sum().clamp(min=1) + 1e-9)
+    if cfg.first:
+        # A pixel of the margin teaches nothing: decode where the guess goes wrong, weigh by how
+        # seldom that is, and what is expected stays the mean over all. The 0.2 bounds the weights.
+        some, weight = draw(wrong, max(1, round(cfg.first * float(valid.mean()) * len(rows))), gen)
+        logits = decoder(rows[some])[:, 0].float()
+        nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
+        out["first"] = (weight * nats).mean() / valid.mean().clamp(min=1e-9)
+    if cfg.futures:
+        some = torch.randint(len(rows), (cfg.futures,), generator=gen).to(m.device)
+        n, now = some // t.shape[1], t.flatten()[some]
+        x_fut, y_fut = futures(x, y, n, now, decoder.c.fut_len)
+        out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
+    return dict(dec=sum(out.values())) | out
