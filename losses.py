@@ -83,12 +83,12 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     if cfg.first:
         # A pixel of the margin teaches nothing: decode where the guess goes wrong, weigh by how
         # seldom that is, and what is expected stays the mean over all. The 0.2 bounds the weights.
-        some, weight = draw(wrong, max(1, round(cfg.first * float(valid.mean()) * len(rows))), gen)
+        some, weight = draw(wrong, max(1, round(cfg.first * float(valid.sum()))), gen)
         logits = decoder(rows[some])[:, 0].float()
         nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
         out["first"] = (weight * nats).mean() / valid.mean().clamp(min=1e-9)
     if cfg.futures:
-        some = torch.randint(len(rows), (cfg.futures,), generator=gen).to(m.device)
+        some = torch.randperm(len(rows), generator=gen)[:cfg.futures].to(m.device)
         n, now = some // t.shape[1], t.flatten()[some]
         x_fut, y_fut = futures(x, y, n, now, decoder.c.fut_len)
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
