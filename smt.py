@@ -78,14 +78,15 @@ def on_policy(rnn: RNN, label: Tensor, x: Tensor, times: Tensor, horizon: int,
     return made, F.mse_loss(made.float(), label[:, 1:].detach().float())
 
 
-def with_made(m: Tensor, made: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_made(m: Tensor, made: list[Tensor], x: Tensor,
+              y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ours: what the RNN made must predict, too; that shapes a memory that an RNN can keep. m (B,
-    n, K, d) and made (B' or 2 B', n-1, K, d) of the first B' sequences, once or twice -> memories
-    (N, n, K, d) of sequences x, y (N, T)."""
-    few = len(made) if len(made) <= len(m) else len(made) // 2
-    made = torch.cat([m[:few, :1].repeat(len(made) // few, 1, 1, 1), made], dim=1)
-    x, y = (torch.cat([v, v[:few].repeat(len(made) // few, 1)]) for v in (x, y))
-    return torch.cat([m, made]), x, y
+    n, K, d) and each of made (B', n-1, K, d), of the first B' sequences -> memories (N, n, K, d) of
+    sequences x, y (N, T)."""
+    few = len(made[0])
+    rows = [torch.cat([m[:few, :1], new], dim=1) for new in made]
+    x, y = (torch.cat([v] + [v[:few]] * len(made)) for v in (x, y))
+    return torch.cat([m, *rows]), x, y
 
 
 def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None, x: Tensor,
@@ -96,11 +97,11 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None,
     few = slice(cfg.rnn_batch or None)
     m = encoder(x, times)                                               # (B, n, K, d)
     label, x_now = m[few].detach() if cfg.detach_rnn else m[few], x[few][:, times]
-    made = rnn.update(label[:, :-1], x_now[:, 1:], times[1:])           # all transitions at once
-    dyn = F.mse_loss(made.float(), label[:, 1:].float())                # Eq. 3
+    made = [rnn.update(label[:, :-1], x_now[:, 1:], times[1:])]         # all transitions at once
+    dyn = F.mse_loss(made[0].float(), label[:, 1:].float())             # Eq. 3
     if horizon > 1:
         again, error = on_policy(rnn, label, x_now, times, horizon, gen)
-        made, dyn = torch.cat([made, again]), (dyn + error) / 2
+        made, dyn = [*made, again], (dyn + error) / 2
     unif = uniformity(m, gen)                                           # Eq. 4
     read, x, y = with_made(m, made, x, y) if cfg.decode_own else (m, x, y)
     dec = predictive(decoder, heads, read, times.expand(len(x), -1), x, y, cfg, gen)    # Eq. 2
