@@ -87,8 +87,7 @@ def variance_of(encoder: Encoder, x: Tensor, times: Tensor) -> Tensor:
 def sequential_layers(c: ModelConfig, cfg: Config, horizon: int) -> tuple[int, int]:
     """Layers that must run one after another: of a round (the encoder's and the rollout's), and of
     each of its steps (a span and the readout)."""
-    updates = min(horizon, c.T - 1) if cfg.sweeps else min(horizon, c.T) - 1
-    return (c.enc_layers + updates * c.update_layers,
+    return (c.enc_layers + (horizon - 1) * c.update_layers,
             cfg.span * c.update_layers + c.dec_layers)
 
 

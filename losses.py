@@ -61,8 +61,10 @@ def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     """
     share = score.double() + 1e-30  # all zero: no place is special
     share = share / share.sum()
-    even = (torch.arange(n, device=score.device) + torch.rand((), generator=gen).item()) / n
-    rows = torch.searchsorted(share.cumsum(0), even.double()).clamp(max=len(score) - 1)
+    # an offset in (0, 1] finds a row whose score moves the sum, never one of score 0 at either end
+    up_to, offset = share.cumsum(0), 1 - torch.rand((), generator=gen).item()
+    even = (torch.arange(n, device=score.device, dtype=torch.float64) + offset) / n
+    rows = torch.searchsorted(up_to, even * up_to[-1])
     return rows, (1 / (len(score) * share[rows])).float()
 
 
@@ -92,4 +94,4 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         n, now = some // t.shape[1], t.flatten()[some]
         x_fut, y_fut = futures(x, y, n, now, decoder.c.fut_len)
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
-    return dict(dec=sum(out.values())) | out
+    return dict(dec=sum(out.values(), torch.zeros((), device=m.device))) | out

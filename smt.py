@@ -110,10 +110,10 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None,
     return dict(loss=loss, dyn=dyn, unif=unif, variance=spread) | dec
 
 
-def sequential_layers(c: ModelConfig, cfg: Config, horizon: int) -> int:
-    """Layers of one step that must run one after another: the encoder's, those of the rollout
-    without a graph and of one update, the decoder's."""
-    return c.enc_layers + min(horizon, cfg.times or c.T) * c.update_layers + c.dec_layers
+def sequential_layers(c: ModelConfig, horizon: int) -> int:
+    """Layers of one step that must run one after another: the encoder's, those of horizon - 1
+    updates without a graph and of one with it, the decoder's."""
+    return c.enc_layers + horizon * c.update_layers + c.dec_layers
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def main(argv) -> None:
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         run.set_learning_rate()
-        horizon = horizon_at(run.progress, min(cfg.horizon or T, cfg.times or T))
+        horizon = horizon_at(run.progress, min(cfg.horizon or T, cfg.times or T, T))
         means = {}
         for _ in range(cfg.micro):
             x, y = task.batch(cfg.batch_size // cfg.micro, run.gen)             # (B, T) each
@@ -149,7 +149,7 @@ def main(argv) -> None:
                                    cfg, run.gen)
             (losses["loss"] / cfg.micro).backward()
             means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
-        run.update(means, cfg.batch_size * task.T, sequential_layers(c, cfg, horizon))
+        run.update(means, cfg.batch_size * task.T, sequential_layers(c, horizon))
 
         # Readout and m_0 are copies: made of averaged weights, and only when somebody looks.
         if run.time_to_evaluate() or run.time_to_save():
