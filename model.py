@@ -418,11 +418,14 @@ def load_checkpoint(path: str) -> dict:
                               "truncated, take another one") from None
     kinds = dict(format=int, script=str, config=dict, model=dict)
     if not isinstance(ckpt, dict) \
-            or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) or ckpt["format"] != FORMAT \
+            or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) \
             or not {"dataset", "preset"} <= ckpt["config"].keys() or "image" not in ckpt \
             or not {"rnn", "decoder"} & ckpt.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or "
                               "best.pt")
+    if ckpt["format"] != FORMAT:
+        raise CheckpointError(f"{path}: a checkpoint of format {ckpt['format']}, and this version "
+                              f"reads format {FORMAT}; train again")
     return ckpt | dict(path=path)
 
 
