@@ -51,14 +51,16 @@ def horizon_at(progress: float, most: int) -> int:
 
 def choose_spans(n: int, T: int, span: int, reuse: int, gen: torch.Generator) -> Tensor:
     """The spans of a round of n sequences, in random order: sequence and time of the first update
-    (N, 2) int64. Spans of a sequence lie side by side behind a random offset, so that every
-    transition is learnt from about as often; `reuse` times, with another offset each time."""
-    many, out = (T - 1) // span, []
+    (N, 2) int64. Spans of a sequence lie side by side behind a random offset; one that would reach
+    over an end is pushed inside. So every transition is learnt from, those near an end up to twice:
+    there some tasks ask. `reuse` times, with another offset each time."""
+    out = []
     for _ in range(reuse):
-        start = 1 + torch.randint(T - many * span, (n, 1), generator=gen)       # 1 .. T - many span
-        t = start + span * torch.arange(many)                                   # (n, many)
-        b = torch.arange(n)[:, None].expand_as(t)
-        out.append(torch.stack([b, t], -1).flatten(0, 1)[torch.randperm(n * many, generator=gen)])
+        offset = torch.randint(min(span, T - span), (n, 1), generator=gen)
+        t = 1 - offset + span * torch.arange(T // span + 2)                     # (n, many)
+        b, inside = torch.arange(n)[:, None].expand_as(t), t < T
+        spans = torch.stack([b, t.clamp(1, T - span)], -1)[inside]
+        out.append(spans[torch.randperm(len(spans), generator=gen)])
     return torch.cat(out)
 
 
