@@ -59,7 +59,7 @@ def sequential_layers(c: ModelConfig) -> int:
 
 def main(argv) -> None:
     cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
-                            unused=("encoder", "enc_layers", "ctx_len", "fut_len"))
+                            unused=("encoder", "enc_layers", "ctx_len", "fut_len", "heads"))
     device, task = trainer.setup(cfg, ckpt)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)

@@ -24,7 +24,7 @@ import flags
 from console import MOST_THREADS, cli, demand, parser, pick_device
 from data import bayes
 from losses import futures
-from model import RNN, Decoder, Encoder, autocast, build
+from model import ROWS, RNN, Decoder, Encoder, autocast, build
 from sources.files import Data, written_whole
 
 COLUMNS = ("teacher", "one_step", "rollout")
@@ -93,7 +93,7 @@ def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None) -> Memories:
 def predictions(x: Tensor, m: Memories, rnn: RNN | None, decoder: Decoder | None) -> dict:
     """Column -> logits of y_0 .. from each kind of memory, as far as it goes: (B, T, V)."""
     if rnn is None:  # a plain language model, which reads x itself
-        nothing = torch.empty(len(x), 0, decoder.c.d_model, device=x.device)
+        nothing = torch.empty(len(x), 0, decoder.c.mem_dim, device=x.device)
         return dict(teacher=decoder(nothing, x, x.new_full((len(x),), -1)))
     out = dict(rollout=rnn.logits(m.own))
     if m.label is not None:
@@ -143,7 +143,8 @@ def kl_of_futures(decoder: Decoder, m: Memories, x: Tensor, y: Tensor, few: int)
         p, q = (decoder(v[b, :T], x_fut, times).float().log_softmax(-1)
                 for v in (m.label, m.own))
         each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)        # (T, Tf)
-        total, targets = total + float((each * (y_fut >= 0)).sum()), targets + int((y_fut >= 0).sum())
+        valid = y_fut >= 0
+        total, targets = total + float((each * valid).sum()), targets + int(valid.sum())
     return total, targets
 
 
@@ -161,7 +162,8 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
     c, N = (rnn or decoder).c, len(held["x"])
     scores = {name: Score(task.image is not None, task.late_from) for name in COLUMNS}
     drift, kl, targets = Drift(), 0.0, 0
-    batch = max(1, min(100, int(2e8) // (task.T * c.mem_tokens * c.mem_dim)))  # 800 MB of memories
+    # all times at once: 800 MB of memories, and no more rows than a kernel takes
+    batch = max(1, min(100, ROWS // task.T, int(2e8) // (task.T * c.mem_tokens * c.mem_dim)))
     for i in range(0, N, batch):
         x, y, *extra = (v if v is None else v[i:i + batch]
                         for v in (held["x"], held["y"], held["clean"], held["posterior"]))

@@ -238,6 +238,8 @@ def refuse_nonsense(cfg) -> None:
     if cfg.batch_size % getattr(cfg, "micro", 1):
         fail(f"--batch_size {cfg.batch_size} is not a multiple of --micro {cfg.micro}; "
              "change one of them")
+    if getattr(cfg, "times", 0) == 1:
+        fail("--times 1 leaves a step no transition; give 0 (all) or at least 2")
     if not cfg.steps and not cfg.minutes:
         fail("--steps and --minutes are both 0, so the run would never end; give one of them")
     if not cfg.head_dim and cfg.d_model % cfg.n_heads:
@@ -260,7 +262,6 @@ def open_checkpoint(path: str) -> dict:
         if ckpt["config"][name] not in list(known):
             raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; "
                                   "it comes from another version")
-    ckpt["config"].setdefault("variant", "ours")  # what there was before there were two
     return ckpt
 
 

@@ -52,7 +52,8 @@ def setup(cfg, ckpt: dict | None = None) -> tuple[str, Data]:
 
 
 def model_config(cfg, task: Data) -> ModelConfig:
-    """Network sizes from flags and data; Tc and Tf are cut to the sequence. Raises UserError."""
+    """Network sizes from flags and data; Tc, Tf and F are cut to the sequence. Raises
+    UserError."""
     cut = lambda n: min(n, task.T) if n else task.T
     if cfg.encoder == "causal" and task.timestamps and cut(cfg.ctx_len) < task.T:
         fail(f"--ctx_len {cfg.ctx_len} is shorter than the sequences of {task.T}, and a causal "
@@ -62,7 +63,8 @@ def model_config(cfg, task: Data) -> ModelConfig:
     sizes = {k: v for k, v in vars(cfg).items() if k in names}
     return ModelConfig(**sizes | dict(
         vocab=task.vocab, n_out=task.n_out, T=task.T, ctx_len=cut(cfg.ctx_len),
-        fut_len=cut(cfg.fut_len), heads=min(cfg.heads, task.T), timestamps=cfg.timestamps if task.timestamps else "none"))
+        fut_len=cut(cfg.fut_len), heads=min(cfg.heads, task.T),
+        timestamps=cfg.timestamps if task.timestamps else "none"))
 
 
 def compile_blocks(nets: dict[str, nn.Module]) -> None:
@@ -75,9 +77,9 @@ def compile_blocks(nets: dict[str, nn.Module]) -> None:
 
 def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]],
                     device: str) -> list:
-    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices of
-    blocks (w_*) and of the GRU's cell, and that AdamW for the rest: embeddings, registers, m_0,
-    heads, biases."""
+    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices
+    within a network (w_*) and of the GRU's cell, and that AdamW for the rest: embeddings,
+    registers, m_0, what ends in logits, biases."""
     rest, matrices = [p for group in trained for p in group], []
     if cfg.optimizer == "muon":
         inside = {id(p) for net in nets.values() for name, p in net.named_parameters()
@@ -351,7 +353,7 @@ class Run:
             for optimizer, state in zip(self.optimizers, ckpt["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.step, self.spent, self.best = ckpt["step"], ckpt["elapsed"], ckpt["best"]
-            self.tokens, self.layers = ckpt.get("tokens", 0), ckpt.get("layers", 0)  # once absent
+            self.tokens, self.layers = ckpt["tokens"], ckpt["layers"]
             self.history, self.sums = ckpt["history"], ckpt["sums"]
             self.metrics = ckpt["metrics"]
             self.gen.set_state(ckpt["rng"])

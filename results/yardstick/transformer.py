@@ -19,7 +19,8 @@ import presets  # noqa: E402
 import trainer  # noqa: E402
 from console import cli  # noqa: E402
 from evaluate import evaluate, summary  # noqa: E402
-from model import Decoder, autocast, cross_entropy  # noqa: E402
+from losses import cross_entropy  # noqa: E402
+from model import Decoder, autocast  # noqa: E402
 
 
 def recipe(preset: str, kinds: tuple) -> dict:
@@ -31,13 +32,13 @@ def recipe(preset: str, kinds: tuple) -> dict:
 
 def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Next-token cross-entropy of x, y (B, T) int64."""
-    nothing = torch.empty(len(x), 0, decoder.c.d_model, device=x.device)        # K = 0: no memory
+    nothing = torch.empty(len(x), 0, decoder.c.mem_dim, device=x.device)        # K = 0: no memory
     return dict(loss=cross_entropy(decoder(nothing, x, x.new_full((len(x),), -1)), y))
 
 
 def main(argv) -> None:
     cfg, _ = flags.parse("transformer", flags.Config, argv, __doc__, recipe, unused=(
-        "rnn", "encoder", "mem_tokens", "rnn_layers", "ctx_len", "fut_len"))
+        "rnn", "encoder", "mem_tokens", "mem_dim", "rnn_layers", "ctx_len", "fut_len", "heads"))
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     c = dataclasses.replace(c, dec_layers=c.enc_layers + c.dec_layers)
