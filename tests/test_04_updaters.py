@@ -2,7 +2,7 @@
 same shape comes out."""
 import pytest
 import torch
-from tiny import B, K, D, T, V, networks, sequences
+from tiny import B, K, M, T, V, networks, sequences
 
 from model import UPDATERS
 
@@ -11,7 +11,7 @@ KINDS = sorted(UPDATERS)
 
 def moment(n=B):
     gen = torch.Generator().manual_seed(3)
-    m = torch.nn.functional.rms_norm(torch.randn(n, K, D, generator=gen), (D,))
+    m = torch.nn.functional.rms_norm(torch.randn(n, K, M, generator=gen), (M,))
     return m, torch.randint(V, (n,), generator=gen), torch.randint(1, T, (n,), generator=gen)
 
 
@@ -21,7 +21,7 @@ def test_memory_in_memory_out(kind):
     1."""
     _, _, rnn = networks(rnn=kind)
     m = rnn.update(*moment())
-    assert m.shape == (B, K, D)
+    assert m.shape == (B, K, M)
     assert torch.allclose(m.square().mean(-1), torch.ones(B, K), atol=1e-3)
 
 
@@ -39,9 +39,26 @@ def test_what_an_update_depends_on(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_timestamps_an_update_ignores_the_time(kind):
+def test_many_times_at_once_equal_one_after_the_other(kind):
+    """Memories may have any leading dimensions; times may lack the first of them."""
+    _, _, rnn = networks(rnn=kind)
+    gen = torch.Generator().manual_seed(3)
+    m, x = torch.randn(B, 4, K, M, generator=gen), torch.randint(V, (B, 4), generator=gen)
+    t = torch.tensor([3, 4, 5, 6])
+    made = rnn.update(m, x, t)
+    assert made.shape == m.shape and rnn.logits(made).shape == (B, 4, V)
+    for i in range(4):
+        alone = rnn.update(m[:, i], x[:, i], t[i].repeat(B))
+        assert torch.allclose(made[:, i], alone, atol=1e-5)
+    one = rnn.update(m[:, 0], x[:, 0], t[0])  # one time for all
+    assert torch.allclose(one, made[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("who", ["encoder", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_timestamps_an_update_ignores_the_time(kind, who):
     """Then the RNN can go on for longer than it was trained."""
-    _, _, rnn = networks(rnn=kind, timestamps=False)
+    _, _, rnn = networks(rnn=kind, timestamps=who)
     m, x, t = moment()
     assert torch.equal(rnn.update(m, x, t), rnn.update(m, x, t + 1000))
 
