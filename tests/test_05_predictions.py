@@ -1,0 +1,203 @@
+"""Lesson: what a memory must predict (Eq. 2), asked cheaply. Whatever is drawn, the mean is that of
+asking everywhere."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import tiny
+from tiny import B, K, M, T, V, gen, networks, recipe, sequences
+
+import smt
+from losses import cross_entropy, draw, predictive
+from model import Decoder, Heads
+
+ALL = 1000  # more memories than there are
+
+
+def asked(changes, heads=None, y=None, seed=0):
+    """(decoder, memories, times, x, y, what predictive says) with S = 7 times a sequence."""
+    _, decoder, _ = networks()
+    x, own = sequences()
+    y = own if y is None else y
+    m, t = torch.randn(B, 7, K, M, generator=gen(5)), torch.arange(4, 11).expand(B, -1)
+    cfg = recipe(smt, **dict(first=0.0, futures=0) | changes)
+    return decoder, m, t, x, y, predictive(decoder, heads, m, t, x, y, cfg, gen(seed))
+
+
+def masked():
+    """Targets of which a third is not asked."""
+    y = sequences()[1]
+    return y.masked_fill(torch.rand(y.shape, generator=gen(2)) < 0.35, -1)
+
+
+# ------------------------------------------------------------------------ the paper's: whole futures
+
+def test_futures_against_a_loop():
+    """Every memory's Tf targets, given the inputs between them, over sequences and times; a mean
+    over targets, not over memories."""
+    decoder, m, t, x, y, got = asked(dict(futures=ALL), y=masked())
+    nats, targets = 0.0, 0
+    for b in range(B):
+        for i, now in enumerate(t[b].tolist()):
+            logits = decoder(m[b:b + 1, i], x[b:b + 1, now + 1:now + 4], torch.tensor([now]))[0]
+            future = y[b, now:now + 4]
+            nats += F.cross_entropy(logits[:len(future)], future, ignore_index=-1, reduction="sum")
+            targets += int((future >= 0).sum())
+    assert torch.allclose(got["futures"], nats / targets, atol=1e-5)
+
+
+def test_a_part_of_the_futures_is_drawn_without_replacement():
+    """--futures memories are read, none twice; over many steps each as often as any other."""
+    counts = torch.zeros(B * 7)
+    for seed in range(200):
+        read = []
+        cfg = recipe(smt, first=0.0, futures=5)
+        m = torch.arange(B * 7.0).view(B, 7, 1, 1)
+
+        def decoder(rows, x_fut, t):
+            read.extend(rows.flatten().long().tolist())
+            return torch.zeros(len(rows), 1 + x_fut.shape[1], V)
+
+        decoder.c = tiny.config()
+        predictive(decoder, None, m, torch.arange(7).expand(B, -1), *sequences(), cfg, gen(seed))
+        assert len(set(read)) == len(read) == 5
+        counts[read] += 1
+    expected = 200 * 5 / len(counts)
+    assert (counts - expected).abs().max() < 5 * math.sqrt(expected)
+
+
+# ---------------------------------------------------------------------- y_t alone, where it is hard
+
+def test_draw_is_unbiased(monkeypatch):
+    """Over all offsets the mean of weight * value is the mean of value over all rows, exactly; rows
+    of score 0 are left out, and there are always n."""
+    score = torch.tensor([0, 3, 1, 0, 5, 2, 1, 0])
+    value = torch.randn(8, generator=gen(1))
+    sum_of_scores = 12
+    offsets = ((torch.arange(sum_of_scores) + 0.5) / sum_of_scores).tolist()
+    for n in (1, 5, 8, 20):
+        estimates, seen = [], torch.zeros(8)
+        for offset in offsets:
+            monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.tensor(offset))
+            rows, weights = draw(score.float(), n, gen())
+            assert rows.shape == weights.shape == (n,)
+            estimates.append((weights * value[rows]).mean())
+            seen += torch.bincount(rows, minlength=8)
+        assert torch.allclose(seen / len(offsets), n * score / sum_of_scores, atol=1e-5)
+        assert torch.allclose(torch.stack(estimates).mean(), (value * (score > 0)).sum() / 8,
+                              atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 2 ** -24, 0.5, 1 - 2 ** -24])
+@pytest.mark.parametrize("N", [3, 4000])
+def test_score_zero_is_never_drawn(offset, N, monkeypatch):
+    """Not at either end either, where an offset of 0 or a rounded one would fall."""
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.tensor(offset))
+    for seed in range(20):
+        score = torch.empty(N).uniform_(generator=gen(seed))
+        score[[0, -1]] = 0
+        for n in (1, N, 5 * N):
+            rows, weights = draw(score, n, gen())
+            assert (score[rows] > 0).all() and rows.shape == (n,) and weights.isfinite().all()
+
+
+def test_no_score_at_all_means_anywhere():
+    """All scores 0: rows are drawn evenly, with weights that are finite."""
+    rows, weights = draw(torch.zeros(6), 12, gen())
+    assert torch.bincount(rows, minlength=6).tolist() == [2] * 6
+    assert torch.allclose(weights, torch.ones(12))
+
+
+def test_everything_first_is_exact():
+    """--first 1 without heads decodes every valid place once: no estimate, but the mean itself."""
+    for y in (None, masked()):
+        decoder, m, t, _, y, got = asked(dict(first=1.0), y=y)
+        exact = cross_entropy(decoder(m.flatten(0, 1))[:, 0], y.gather(1, t).flatten())
+        assert torch.allclose(got["first"], exact, atol=1e-5)
+        assert torch.equal(got["dec"], got["first"])
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_a_part_of_the_first_is_unbiased(with_heads):
+    """A quarter of the places, most of them where the heads guess wrong: over many draws the mean
+    is that of all, within five standard errors."""
+    heads = tiny.heads() if with_heads else None
+    got = []
+    for seed in range(400):
+        decoder, m, t, _, y, losses = asked(dict(first=0.25), heads, masked(), seed)
+        got.append(float(losses["first"].detach()))
+    exact = cross_entropy(decoder(m.flatten(0, 1))[:, 0], y.gather(1, t).flatten())
+    got = torch.tensor(got)
+    assert got.std() > 1e-3 and abs(got.mean() - exact) < 5 * got.std() / len(got) ** 0.5
+
+
+def test_wrong_guesses_are_decoded_more_often():
+    """Where the heads are sure and right, a place is seldom drawn."""
+    y = torch.zeros(1, T, dtype=torch.int64)
+    m = torch.zeros(1, T, 1, 2)
+    m[0, :8, 0, 0], m[0, 8:, 0, 1] = 1, 1                        # two kinds of memory
+    heads = Heads(tiny.config(mem_tokens=1, mem_dim=2))
+    with torch.no_grad():
+        heads.linear.weight[0, 0] = 9                           # the first says symbol 0: right
+    read = []
+
+    def decoder(rows, *_):
+        read.extend(rows[:, 0, 1].tolist())
+        return torch.zeros(len(rows), 1, V)
+
+    for seed in range(100):
+        predictive(decoder, heads, m, torch.arange(T)[None], torch.full_like(y, V), y,
+                   recipe(smt, first=0.5, futures=0), gen(seed))
+    hard = sum(read) / len(read)
+    assert hard > 0.55 > 3 / T  # 3 of the 11 places
+
+
+# ------------------------------------------------------------------------------------- cheap guesses
+
+def test_heads_against_a_loop():
+    """From every memory its next F valid targets, and once more the very next one."""
+    heads, y = tiny.heads(), masked()
+    _, m, t, _, _, got = asked({}, heads, y)
+    every, very_next = [], []
+    for b in range(B):
+        for i, now in enumerate(t[b].tolist()):
+            left = [v for v in y[b, now:].tolist() if v >= 0][:tiny.F]
+            logp = (heads.linear.weight.view(tiny.F, V, K * M) @ m[b, i].flatten()).log_softmax(-1)
+            every += [-logp[k, v] for k, v in enumerate(left)]
+            very_next += every[-len(left):][:1] if left else []
+    mean = lambda v: torch.stack(v).mean()
+    assert torch.allclose(got["heads"], mean(every) + mean(very_next), atol=1e-5)
+
+
+def test_the_three_questions_add_up():
+    """"dec" is their sum; a question that is not asked is not there, and none at all is 0."""
+    got = asked(dict(first=0.5, futures=4), tiny.heads())[-1]
+    assert got.keys() == {"dec", "heads", "first", "futures"}
+    assert torch.allclose(got["dec"], got["heads"] + got["first"] + got["futures"])
+    assert asked(dict(futures=4))[-1].keys() == {"dec", "futures"}
+    assert asked({})[-1] == dict(dec=0)
+
+
+def test_without_a_target_there_is_no_loss():
+    """All masked: every part is 0, and every gradient is finite."""
+    decoder, heads = networks()[1], tiny.heads()
+    m = torch.randn(B, T, K, M, requires_grad=True)
+    x, y = sequences()
+    got = predictive(decoder, heads, m, torch.arange(T).expand(B, -1), x, torch.full_like(y, -1),
+                     recipe(smt), gen())
+    assert all(v == 0 for v in got.values()) and got.keys() > {"heads", "first", "futures"}
+    got["dec"].backward()
+    for p in (m, *decoder.parameters(), *heads.parameters()):
+        assert p.grad is None or (p.grad == 0).all()
+    assert cross_entropy(torch.randn(2, 3, V), torch.full((2, 3), -1)) == 0
+
+
+def test_first_loss_is_uniform():
+    """Untrained, decoder and heads predict every symbol with equal probability."""
+    c = tiny.config()
+    x, y = sequences()
+    got = predictive(Decoder(c), Heads(c), torch.randn(B, T, K, M), torch.arange(T).expand(B, -1),
+                     x, y, recipe(smt), gen())
+    for name, times in (("heads", 2), ("first", 1), ("futures", 1)):
+        assert got[name].item() == pytest.approx(times * math.log(V), abs=1e-4), name
