@@ -1,10 +1,9 @@
-"""Lesson: where gradients go. In SMT and DMT none crosses more than one update of the RNN; in BPTT
-as many as allowed."""
-import math
-
+"""Lesson: where gradients go. In SMT none crosses more than one update of the RNN, in DMT one span,
+in BPTT as many as allowed. The span of the whole sequence is BPTT: they are one family."""
 import pytest
+import tiny
 import torch
-from tiny import B, T, networks, recipe, sequences
+from tiny import B, T, gen, networks, recipe, sequences
 
 import bptt
 import dmt
@@ -61,88 +60,130 @@ def test_recomputing_changes_nothing_but_memory(recompute):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
 
-def dmt_losses(rnn, encoder, decoder, x, y, own):
-    labels = encoder(x, torch.arange(T))
-    t = torch.tensor([3, 5, 8])
-    b = torch.arange(B)
-    x_fut, y_fut = x[:, 4:7], y[:, 3:7]
-    return dmt.objective(decoder, rnn, own[b, t - 1], x[b, t], t, labels[b, t], x_fut, y_fut,
-                         torch.ones(()), recipe(dmt))
+def dmt_losses(nets, own, b, t, heads=None, y=None, **changes):
+    encoder, _, rnn = nets
+    x, given = sequences()
+    cfg = recipe(dmt, **dict(first=1.0, futures=0) | changes)
+    return dmt.objective(rnn, heads, own, encoder(x).detach(), x, given if y is None else y, b, t,
+                         torch.ones(()), cfg, gen())
 
 
-def test_dmt_does_not_cross_a_step():
-    """Even if somebody hands the objective memories with a graph, no gradient reaches an earlier
-    step."""
-    encoder, decoder, rnn = networks()
-    x, y = sequences()
-    own = rnn.memories(x)
-    own.retain_grad()
-    losses = dmt_losses(rnn, encoder, decoder, x, y, own)
-    losses["loss"].backward()
-    assert own.grad is None and rnn.m0.grad is None
-    assert all(p.grad is not None for p in rnn.updater.blocks.parameters())
+@pytest.mark.parametrize("span", [1, 3, T - 1])
+def test_dmt_crosses_exactly_one_span(span):
+    """What is predicted after the last update of a span reaches the memory that the span started
+    from, and no other, even if somebody hands the objective memories with a graph."""
+    nets = networks()
+    own = nets[2].memories(sequences()[0]).detach().requires_grad_()
+    b, t = torch.arange(B), torch.tensor([1, 3, 6]).clamp(max=T - span)
+    y = torch.full((B, T), -1)
+    y[b, t + span - 1] = 2
+    dmt_losses(nets, own, b, t, y=y, span=span, lambda_mse=0.0)["loss"].backward()
+    reached = own.grad.abs().sum((2, 3)) > 0
+    expected = torch.zeros(B, T, dtype=torch.bool)
+    expected[b, t - 1] = True
+    assert torch.equal(reached, expected)
+
+
+@pytest.mark.parametrize("span", [1, 3])
+def test_a_span_is_so_many_updates(span, monkeypatch):
+    """All spans at once: the updater is called once for each update of a span."""
+    nets = networks()
+    calls, update = [], nets[2].update
+    monkeypatch.setattr(nets[2], "update", lambda m, *a: calls.append(len(m)) or update(m, *a))
+    own = torch.randn(B, T, tiny.K, tiny.M)
+    dmt_losses(nets, own, torch.arange(B), torch.tensor([1, 3, 6]), span=span)
+    assert calls == [B] * span
+
+
+def test_the_longest_span_is_bptt():
+    """A span of T - 1 updates from m_0 that has to predict and nothing else has the loss and the
+    gradients of BPTT, for updater and readout alike."""
+    grads = []
+    for method in ("dmt", "bptt"):
+        nets = _, _, rnn = networks()
+        x, y = sequences()
+        y[:, 0] = -1  # what m_0 predicts is no matter of updates
+        if method == "dmt":
+            own = rnn.memories(x).detach()
+            start = torch.ones(B, dtype=torch.int64)
+            losses = dmt_losses(nets, own, torch.arange(B), start, y=y, span=T - 1, lambda_mse=0.0,
+                                lambda_dec=1.0)
+        else:
+            losses = bptt.objective(rnn, None, x, y, 0)[0]
+        losses["loss"].backward()
+        parameters = [*rnn.updater.parameters(), *rnn.readout.parameters()]
+        grads.append([losses["loss"], *(p.grad for p in parameters if p.grad is not None)])
+    assert len(grads[0]) > 10
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
 
 
 def test_dmt_leaves_the_teacher_alone():
-    """Frozen networks have grad None, although the prediction-space loss goes through the frozen
-    decoder."""
-    encoder, decoder, rnn = networks()
-    for p in (*encoder.parameters(), *decoder.parameters()):
+    """Frozen networks have grad None: labels and own memories are made without a graph."""
+    nets = encoder, decoder, rnn = networks()
+    for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
         p.requires_grad_(False)
-    x, y = sequences()
-    own = dmt.own_memories(rnn, encoder(x, torch.arange(T)), x, 4, 1, "sequential", math.inf)
-    dmt_losses(rnn, encoder, decoder, x, y, own)["loss"].backward()
-    assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters()))
+    x, _ = sequences()
+    own = rnn.own_memories(encoder(x), x, torch.arange(T), 4, gen())
+    b, t = dmt.choose_spans(B, T, 3, 1, gen()).unbind(1)
+    dmt_losses(nets, own, b, t, tiny.heads(), span=3, futures=9)["loss"].backward()
+    assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0))
+    assert all(p.grad is not None for p in rnn.updater.parameters())
 
 
-@pytest.mark.parametrize("weights, updater, readout", [
-    (dict(lambda_mse=1.0, lambda_dec=0.0), True, False),
-    (dict(lambda_mse=0.0, lambda_dec=1.0), True, True),
-    (dict(lambda_mse=0.0, detach_dec=True), False, True),
-    (dict(lambda_mse=0.0, lambda_dec=0.0, lambda_kl=1.0), True, False)])
-def test_what_each_loss_of_dmt_teaches(weights, updater, readout):
-    """MSE and KL teach the updater alone; the future as the readout sees it teaches both, or the
-    readout alone."""
-    encoder, decoder, rnn = networks()
-    x, y = sequences()
-    labels = encoder(x, torch.arange(T)).detach()
-    t, b = torch.tensor([3, 5, 8]), torch.arange(B)
-    losses = dmt.objective(decoder, rnn, labels[b, t - 1], x[b, t], t, labels[b, t], x[:, 4:7],
-                           y[:, 3:7], torch.ones(()),
-                           recipe(dmt, **weights))
+@pytest.mark.parametrize("weights, updater, readout, heads", [
+    (dict(lambda_mse=1.0, lambda_dec=0.0), True, False, False),
+    (dict(lambda_mse=0.0, lambda_dec=1.0), True, True, True),
+    (dict(lambda_mse=0.0, detach_dec=True), False, True, True)])
+def test_what_each_loss_of_dmt_teaches(weights, updater, readout, heads):
+    """The MSE teaches the updater alone; predictions teach those who make them too, or those
+    alone."""
+    nets, guess = networks(), tiny.heads()
+    own = nets[0](sequences()[0]).detach()
+    losses = dmt_losses(nets, own, torch.arange(B), torch.tensor([3, 5, 8]), guess, span=2,
+                        futures=9, **weights)
     losses["loss"].backward()
     moved = lambda net: sum(float(p.grad.abs().sum()) for p in net.parameters()
                             if p.grad is not None) > 0
-    assert moved(rnn.updater) == updater and moved(rnn.readout) == readout
+    assert [moved(net) for net in (nets[2].updater, nets[2].readout, guess)] \
+        == [updater, readout, heads]
 
 
-@pytest.mark.parametrize("detach", [False, True])
-def test_joint_smt_shapes_the_encoder_and_detached_does_not(detach):
-    """With the decoder's and the uniformity loss off, the encoder learns from L_dyn exactly when it
-    is joint."""
-    encoder, decoder, rnn = networks()
-    x, y = sequences()
-    cfg = recipe(smt, lambda_dec=0.0, lambda_unif=0.0, detach_rnn=detach)
-    losses = smt.objective(encoder, decoder, rnn, x, y, torch.tensor([[0, 1, 2], [6, 7, 8]]), cfg,
-                           torch.Generator())
-    losses["loss"].backward()
-    moved = encoder.registers.grad.abs().sum() > 0
-    assert moved != detach
-    assert rnn.updater.blocks[0].w_qkv.weight.grad.abs().sum() > 0
+def smt_grads(seed=0, heads=None, horizon=4, **changes):
+    """What one step of SMT sends to encoder and updater; the RNN's weights come from `seed`."""
+    encoder, decoder, _ = networks()
+    rnn = networks(seed)[2]
+    cfg = recipe(smt, **dict(first=1.0, futures=1000, rnn_batch=0) | changes)
+    smt.objective(encoder, decoder, rnn, heads, *sequences(), torch.arange(T), horizon, cfg,
+                  gen())["loss"].backward()
     # SMT copies these, it does not train them
     assert rnn.readout.head.weight.grad is None and rnn.m0.grad is None
+    return [[p.grad for p in net.parameters()] for net in (encoder, rnn.updater)]
+
+
+def same(a, b):
+    return all(torch.allclose(g, h, atol=1e-6) for g, h in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("changes", [dict(lambda_dec=0.0), dict(lambda_dyn=0.0)])
+def test_joint_smt_shapes_the_encoder(changes):
+    """What reaches the encoder depends on the RNN, through L_dyn and through the predictions from
+    what the RNN made."""
+    assert not same(smt_grads(0, **changes)[0], smt_grads(1, **changes)[0])
+
+
+def test_detached_smt_does_not():
+    """With --detach_rnn neither does: the encoder's gradient is the same whatever RNN there is,
+    L_dyn alone sends none; the updater learns as before."""
+    mine, other = (smt_grads(seed, detach_rnn=True, lambda_dyn=5.0) for seed in (0, 1))
+    assert same(mine[0], other[0]) and not same(mine[1], other[1])
+    alone, updater = smt_grads(detach_rnn=True, lambda_dec=0.0, lambda_unif=0.0)
+    assert all(g is None or (g == 0).all() for g in alone)
+    assert sum(g.abs().sum() for g in updater) > 0
 
 
 def test_detached_smt_is_the_decoders_loss_alone():
-    """What shapes the encoder of detached SMT is L_dec on its own memories, whatever the RNN
-    does."""
-    grads = []
-    for changes in (dict(detach_rnn=True, decode_own=0.9, lambda_dyn=5.0),
-                    dict(detach_rnn=False, decode_own=0.0, lambda_dyn=0.0)):
-        encoder, decoder, rnn = networks()
-        cfg = recipe(smt, lambda_unif=0.0, **changes)
-        times = torch.tensor([[0, 1, 2], [6, 7, 8]])
-        smt.objective(encoder, decoder, rnn, *sequences(), times, cfg,
-                      torch.Generator())["loss"].backward()
-        grads.append([p.grad for p in encoder.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+    """With nothing that the RNN made to read, the encoder of detached SMT learns as if there were
+    no RNN."""
+    paper = dict(decode_own=False, lambda_unif=0.0, horizon=1)
+    detached = smt_grads(detach_rnn=True, lambda_dyn=5.0, **paper)[0]
+    assert same(detached, smt_grads(detach_rnn=False, lambda_dyn=0.0, **paper)[0])

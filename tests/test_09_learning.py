@@ -32,12 +32,14 @@ def test_smt_then_dmt_learns_retrieval(tmp_path):
     assert accuracy["rollout"] > 0.98, accuracy  # chance is 0.25
 
 
+@pytest.mark.parametrize("encoder", ["causal", "bidirectional"])
 @pytest.mark.parametrize("rnn", ["transformer", "mlp", "gru"])
-def test_muon_takes_the_matrices_and_adamw_the_rest(rnn):
+def test_muon_takes_the_matrices_and_adamw_the_rest(rnn, encoder):
     """Every trained parameter has exactly one optimiser; no embedding, register, m_0 or head is
     orthogonalised."""
-    nets = dict(zip(("encoder", "decoder", "rnn"), tiny.networks(rnn=rnn)))
-    groups = [[*nets["encoder"].parameters(), *nets["decoder"].parameters()],
+    nets = dict(zip(("encoder", "decoder", "rnn"), tiny.networks(rnn=rnn, encoder=encoder)))
+    nets["heads"] = tiny.heads()
+    groups = [[p for name in ("encoder", "decoder", "heads") for p in nets[name].parameters()],
               [*nets["rnn"].updater.parameters()]]
     names = {id(p): f"{net}.{name}" for net in nets for name, p in nets[net].named_parameters()}
     trained = {names[id(p)] for group in groups for p in group}
@@ -46,7 +48,8 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(rnn):
     assert taken[0] | taken[1] == trained and not taken[0] & taken[1]
     assert not [name for name in taken[1]
                 if any(w in name for w in ("symbol", "time", "registers", "m0", "head", "bias"))]
-    assert {"encoder.blocks.0.w_qkv.weight", "decoder.blocks.1.w_down.weight"} <= taken[1]
+    assert {"encoder.blocks.0.w_qkv.weight", "encoder.w_memory.weight", "decoder.w_read.weight",
+            "decoder.blocks.1.w_down.weight"} <= taken[1] and "heads.linear.weight" in taken[0]
     one, = make_optimizers(recipe(smt, optimizer="adamw"), nets, groups, "cpu")
     assert {names[id(p)] for g in one.param_groups for p in g["params"]} == trained
 
