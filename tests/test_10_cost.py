@@ -1,15 +1,16 @@
 """Lesson: what training costs. Tokens seen, and layers that must run one after another: the axes of
 Fig. 6.
 
-However many sequences and times an SMT step trains on, it is as deep as encoder, a few updates and
-decoder; a BPTT step is as deep as the sequence is long. On a machine that runs the rest in
-parallel, depth is time.
+However many sequences and times an SMT step trains on, it is as deep as encoder, one update and
+decoder, and as the RNN is let run alone, without a graph; a BPTT step is as deep as the sequence is
+long. On a machine that runs the rest in parallel, depth is time.
 """
 import csv
 
 import pytest
+import tiny
 import torch
-from tiny import config, recipe
+from tiny import B, K, M, T, config, gen, networks, recipe, sequences
 
 import bptt
 import dmt
@@ -20,20 +21,19 @@ LAPTOP = ModelConfig(vocab=3, n_out=2, T=196)  # MNIST 14x14 on 2 + 2 + 2 layers
 
 
 def test_a_step_at_laptop_size():
-    """SMT: 2 + 7 updates of 2 + 2. BPTT: 195 updates of 2 (m_0 is there already), and the
-    readout."""
-    assert smt.sequential_layers(LAPTOP, recipe(smt)) == 18
+    """SMT: 2 + an update of 2 + 2, and 3 more updates where they begin on-policy. DMT: a span of 16
+    and the readout. BPTT: 195 updates of 2 (m_0 is there already), and the readout."""
+    assert smt.sequential_layers(LAPTOP, 1) == 6
+    assert smt.sequential_layers(LAPTOP, smt.horizon_at(0.0, 196)) == 12
+    assert dmt.sequential_layers(LAPTOP, recipe(dmt, span=16), 196) == (2 + 195 * 2, 16 * 2 + 2)
     assert bptt.sequential_layers(LAPTOP) == 392
 
 
 def test_depth_of_smt_does_not_grow_with_the_sequence():
-    """That of BPTT does; the paper's Eq. 3, without a chain, makes all transitions at once."""
+    """That of BPTT does."""
     longer = ModelConfig(vocab=3, n_out=2, T=784)
-    assert smt.sequential_layers(longer, recipe(smt)) == 18
-    assert smt.sequential_layers(longer, recipe(smt, chain=0.0)) == 6
+    assert smt.sequential_layers(longer, 1) == 6
     assert bptt.sequential_layers(longer) == 1568
-    # no run is longer than the sequence
-    assert smt.sequential_layers(config(T=3), recipe(smt)) == 2 + 2 * 1 + 2
 
 
 def test_a_gru_is_one_layer_an_update():
@@ -44,29 +44,41 @@ def test_a_gru_is_one_layer_an_update():
     assert depth == dict(gru=10 * 1 + 2, mlp=10 * 3 + 2, transformer=10 * 3 + 2)
 
 
-@pytest.mark.parametrize("rollout, horizon, updates", [
-    ("sequential", 4, 3), ("sequential", 11, 10), ("parallel", 4, 4), ("parallel", 11, 10)])
-def test_a_round_of_dmt_rolls_out_once(rollout, horizon, updates):
-    """Labels and rollout are a round's; each of its steps is one update and one readout."""
-    cfg = recipe(dmt, rollout=rollout)
-    assert dmt.sequential_layers(config(), cfg, horizon) == (2 + updates, 1 + 2)
-
-
-@pytest.mark.parametrize("rollout", ["sequential", "parallel"])
-def test_the_count_is_what_is_called(rollout, monkeypatch):
-    """own_memories calls the updater as often as sequential_layers says, wherever the pieces
-    begin."""
-    from tiny import T, networks, sequences
-    _, _, rnn = networks()
-    x, _ = sequences()
+def counted(rnn, monkeypatch):
+    """A list that grows with every call of the updater."""
     calls, update = [], rnn.update
     monkeypatch.setattr(rnn, "update", lambda *a: calls.append(1) or update(*a))
-    labels = torch.randn(len(x), T, 2, 12)
-    for horizon in (1, 3, T):
-        calls.clear()
-        dmt.own_memories(rnn, labels, x, horizon, 0, rollout, float("inf"))
-        said = dmt.sequential_layers(config(), recipe(dmt, rollout=rollout), horizon)[0] - 2
-        assert len(calls) == said * rnn.c.update_layers
+    return calls
+
+
+@pytest.mark.parametrize("horizon", [1, 3, T])
+def test_the_count_of_smt_is_what_is_called(horizon, monkeypatch):
+    """The RNN runs alone for horizon - 1 updates, then one for all transitions; those from the
+    encoder's memories, beside it, do not wait for the rollout."""
+    encoder, decoder, rnn = networks()
+    calls = counted(rnn, monkeypatch)
+    smt.objective(encoder, decoder, rnn, tiny.heads(), *sequences(), torch.arange(T), horizon,
+                  recipe(smt), gen())
+    said = smt.sequential_layers(encoder.c, horizon) - 2 - 2
+    assert len(calls) - (horizon > 1) == said
+
+
+@pytest.mark.parametrize("sweeps", [False, True])
+@pytest.mark.parametrize("horizon", [1, 3, T])
+def test_the_count_of_dmt_is_what_is_called(horizon, sweeps, monkeypatch):
+    """A round rolls out once, wherever its pieces begin; each of its steps is one span and one
+    readout."""
+    rnn = networks()[2]
+    calls = counted(rnn, monkeypatch)
+    cfg = recipe(dmt, sweeps=sweeps, span=3)
+    said = dmt.sequential_layers(config(), cfg, horizon)
+    own = torch.randn(B, T, K, M)
+    rnn.own_memories(own, sequences()[0], torch.arange(T), horizon, gen(), sweeps)
+    assert len(calls) == said[0] - 2 == horizon - 1
+    calls.clear()
+    dmt.objective(rnn, None, own, own, *sequences(), torch.arange(B), torch.tensor([1, 4, 8]),
+                  torch.ones(()), cfg, gen())
+    assert len(calls) == said[1] - 2 == 3
 
 
 def rows(folder):
@@ -77,8 +89,9 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
     """Cumulative, for every method, over a resume too; a round of DMT is read once, however many
     steps learn from it."""
     T, B = 8, 4
-    start = dict(smt="{TINY} --steps 4", bptt="{TINY} --steps 4",
-                 dmt=f"--ckpt {tiny_smt} {{RUN}} --steps 6 --pairs 14")
+    # four spans of 2 in each of 4 sequences: two steps a round; the whole sequence is the horizon
+    start = dict(smt="{TINY} --steps 4 --horizon 3", bptt="{TINY} --steps 4",
+                 dmt=f"--ckpt {tiny_smt} {{RUN}} --steps 6 --span 2 --spans 8 --reuse 1")
     for script, line in start.items():
         line = f"{script}.py {line} --log_every 1 --out_dir {tmp_path}/{script}"
         code, _, err = command(line)
@@ -87,21 +100,23 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
     assert code == 0, err
     column = lambda script, name: [int(r[name]) for r in rows(tmp_path / script)]
     assert column("smt", "tokens") == [B * T * s for s in range(1, 7)]
-    assert column("smt", "layers") == [(2 + 7 * 2 + 1) * s for s in range(1, 7)]
+    assert column("smt", "layers") == [(2 + 3 * 2 + 1) * s for s in range(1, 7)]
     assert column("bptt", "layers") == [(7 * 2 + 1) * s for s in range(1, 5)]
-    # 28 pairs a round, 14 a step: two steps a round, the whole sequence is the horizon
     assert column("dmt", "tokens") == [32, 32, 64, 64, 96, 96]
-    assert column("dmt", "layers") == [19, 22, 41, 44, 63, 66]
+    assert column("dmt", "layers") == [21, 26, 47, 52, 73, 78]
     ckpt = torch.load(tmp_path / "smt" / "ckpt.pt", weights_only=True)
-    assert (ckpt["tokens"], ckpt["layers"]) == (B * T * 6, 17 * 6)
+    assert (ckpt["tokens"], ckpt["layers"]) == (B * T * 6, 9 * 6)
 
 
-def test_an_older_checkpoint_counts_from_zero(command, tmp_path):
-    """Runs that began before there were counters go on."""
-    assert command(f"bptt.py {{TINY}} --out_dir {tmp_path}")[0] == 0
-    path = tmp_path / "ckpt.pt"
-    old = {k: v for k, v in torch.load(path, weights_only=True).items()
-           if k not in ("tokens", "layers")}
-    torch.save(old, path)
-    code, _, err = command(f"bptt.py --resume --steps 5 --out_dir {tmp_path}")
-    assert code == 0 and torch.load(path, weights_only=True)["tokens"] == 2 * 4 * 8, err
+def test_layers_follow_the_curriculum(command, tmp_path):
+    """What a step of SMT adds grows with its horizon, and stops at the sequence or at --times."""
+    code, _, err = command(f"smt.py {{TINY}} --steps 5 --log_every 1 --out_dir {tmp_path}/all")
+    assert code == 0, err
+    layers = [int(r["layers"]) for r in rows(tmp_path / "all")]
+    steps = [b - a for a, b in zip([0, *layers], layers)]
+    assert steps == [2 + smt.horizon_at(s / 5, 8) * 2 + 1 for s in range(5)]
+    assert steps[0] == 11 and steps[-1] == 19
+    code, _, err = command("smt.py {TINY} --steps 3 --log_every 1 --times 3 --horizon 100 "
+                           f"--out_dir {tmp_path}/few")
+    assert code == 0, err
+    assert [int(r["layers"]) for r in rows(tmp_path / "few")] == [9, 18, 27]

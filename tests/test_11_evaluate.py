@@ -47,7 +47,7 @@ def test_language_model_sums_to_one():
     task, (_, decoder, _) = every_sequence(), nets()
     got = evaluate.evaluate(task, None, None, decoder, "test")
     assert got["rollout"] is None and got["teacher"] > 4 * math.log(2) - 1
-    nothing = torch.empty(16, 0, decoder.c.d_model)
+    nothing = torch.empty(16, 0, decoder.c.mem_dim)
     held = task.held_out("test")
     with torch.no_grad():
         logp = decoder(nothing, held["x"], torch.full((16,), -1)).log_softmax(-1)
@@ -122,7 +122,7 @@ def test_the_rollout_goes_on_where_labels_end():
     BPTT run would be."""
     task = data.load("pydoc", length=12)
     encoder, decoder, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=5, fut_len=3,
-                                     timestamps=False)
+                                     timestamps="none")
     got = evaluate.evaluate(task, rnn, encoder, decoder, "val", 7)
     alone = evaluate.evaluate(task, rnn, None, None, "val", 7)
     assert got["rollout"] == pytest.approx(alone["rollout"])
@@ -134,7 +134,7 @@ def test_the_rollout_goes_on_where_labels_end():
 def test_late_means_the_second_half():
     """The loss at t >= T/2, averaged over its targets."""
     task = data.load("pydoc", length=12)
-    _, _, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=12, timestamps=False)
+    _, _, rnn = networks(vocab=256, n_out=256, T=12, ctx_len=12, timestamps="none")
     held = task.held_out("val", 7)
     with torch.no_grad():
         logp = rnn.logits(rnn.memories(held["x"])).log_softmax(-1)
@@ -180,3 +180,19 @@ def test_one_sequence_has_no_standard_error():
     task = data.load("retrieval", length=8)
     assert evaluate.evaluate(task, networks(vocab=task.vocab, n_out=8, T=8)[2],
                              n=1)["stderr"] is None
+
+
+def test_heads_are_no_part_of_the_numbers(command, tiny_smt, tmp_path):
+    """They help to train. With their weights changed, or without them, evaluation and samples are
+    what they were, to the last digit."""
+    ckpt = torch.load(tiny_smt, weights_only=True)
+    changed = dict(ckpt, heads={k: v + 1 for k, v in ckpt["heads"].items()})
+    without = {k: v for k, v in ckpt.items() if k != "heads"}
+    said = []
+    for name, content in dict(given=ckpt, changed=changed, without=without).items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        for line in ("evaluate.py --n_test 20 --json", "sample.py --n 5"):
+            code, out, err = command(f"{line} --device cpu --ckpt {tmp_path}/{name}.pt")
+            assert code == 0 and out, err
+            said.append(out)
+    assert said[:2] == said[2:4] == said[4:]

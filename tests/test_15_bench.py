@@ -1,5 +1,6 @@
 """Lesson: what is compared with what. The reference's way has our losses, and pays for graphs that
 ours never builds."""
+import dataclasses
 import json
 
 import torch
@@ -14,9 +15,9 @@ def test_reference_smt_is_eq_5_at_one_time():
     transition."""
     nets = networks(encoder="bidirectional")
     x, y = sequences()
-    cfg = recipe(smt, lambda_dec=0.0, lambda_dyn=1.0, lambda_unif=0.0, chain=0.0, decode_own=0.0)
+    cfg = recipe(smt, lambda_dec=0.0, lambda_dyn=1.0, lambda_unif=0.0, rnn_batch=0)
     for t in (1, 4, T - 1):
-        ours = smt.objective(*nets, x, y, torch.tensor([[t - 1, t]]), cfg,
+        ours = smt.objective(*nets, None, x, y, torch.tensor([t - 1, t]), 1, cfg,
                              torch.Generator())["loss"]
         assert torch.allclose(bench.reference_smt(*nets, x, y, t, cfg), ours, atol=1e-5)
 
@@ -39,6 +40,20 @@ def test_bench_runs(command):
     assert len(result["rows"]) == 5 and result["gflops"] > 0
     for row in result["rows"]:
         assert row["per_step"] > 0 and row["per_transition"] > 0 and min(row["transitions"]) > 0
+
+
+def test_transitions_are_counted_as_they_are_learnt():
+    """SMT: those of its part of the batch, twice where they begin on-policy too. DMT: every update
+    of every span. Both take a step with them."""
+    b = bench.Bench("laptop", "modular", "cpu", "data", examples=4)             # T = 8
+    b.smt = dataclasses.replace(b.smt, batch_size=5, rnn_batch=3, times=0, horizon=0)
+    b.dmt = dataclasses.replace(b.dmt, batch_size=10, span=16, spans=8, reuse=2)
+    assert b.encoder.c.encoder == "causal" and b.their_encoder.c.encoder == "bidirectional"
+    before = b.rnn.updater.blocks[0].w_qkv.weight.detach().clone()
+    assert b.smt_ours() == 2 * 3 * 7 and b.smt_ours(False) == 3 * 7
+    assert b.smt_ours(False, plain=True) == 5
+    assert not torch.equal(before, b.rnn.updater.blocks[0].w_qkv.weight)
+    assert b.dmt_ours() == 16 * 7  # 20 spans as long as the sequence, two steps of 8 of them
 
 
 def test_interleaved_calls_take_turns():
