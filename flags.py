@@ -229,7 +229,8 @@ def refuse_nonsense(cfg) -> None:
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size "
                           "n_val log_every span spans reuse micro".split(), 1)
     most = dict(threads=MOST_THREADS, first=1, ema=1,
-                enc_layers=1000, dec_layers=1000, rnn_layers=1000)
+                enc_layers=1000, dec_layers=1000, rnn_layers=1000,
+                d_model=10 ** 6, mem_tokens=10 ** 6, mem_dim=10 ** 6)
     for name, value in vars(cfg).items():
         if type(value) in (int, float):
             demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))

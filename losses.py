@@ -64,7 +64,7 @@ def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     # an offset in (0, 1] finds a row whose score moves the sum, never one of score 0 at either end
     up_to, offset = share.cumsum(0), 1 - torch.rand((), generator=gen).item()
     even = (torch.arange(n, device=score.device, dtype=torch.float64) + offset) / n
-    rows = torch.searchsorted(up_to, even * up_to[-1])
+    rows = torch.searchsorted(up_to, even * up_to[-1]).clamp(max=len(score) - 1)  # NaN goes on
     return rows, (1 / (len(score) * share[rows])).float()
 
 

@@ -392,23 +392,3 @@ def test_impossible_tasks_are_refused(name, options, flag):
     with pytest.raises(DataError, match=flag) as e:
         load(name, **options)
     assert str(e.value).startswith(flag) and "\n" not in str(e.value)
-
-
-def test_a_checkpoint_that_names_no_variant_is_of_ours(command, tmp_path):
-    """Those from before there were two go on meaning the same task. Both variants of copy have the
-    same sizes, so a wrong guess would go unnoticed."""
-    def score():
-        code, out, err = command(f"evaluate.py --ckpt {tmp_path}/ckpt.pt --n_test 20 --json")
-        assert code == 0, err
-        return json.loads(out)["rollout"]
-
-    code, _, err = command(f"smt.py --dataset copy --variant ours --length 9 {{SIZES}} {{RUN}} "
-                           f"--lr 0.02 --warmup 0 --eval_every 0 --out_dir {tmp_path}")
-    assert code == 0, err
-    ckpt, before = torch.load(tmp_path / "ckpt.pt", weights_only=True), score()
-    assert ckpt["config"].pop("variant") == "ours"
-    torch.save(ckpt, tmp_path / "ckpt.pt")
-    assert score() == before
-    ckpt["config"]["variant"] = "paper"
-    torch.save(ckpt, tmp_path / "ckpt.pt")
-    assert score() != before

@@ -52,7 +52,8 @@ BAD = {  # (bytes of a good checkpoint, path of the marker) -> bytes of a bad on
     "malicious torch file": lambda good, mark: changed(good, config=Marker(mark)),
     "a list": lambda good, mark: packed([1, 2, 3]),
     "another project's": lambda good, mark: packed(dict(model=dict(w=torch.zeros(3)), step=3)),
-    "other format number": lambda good, mark: changed(good, format=2),
+    "an older format": lambda good, mark: changed(good, format=1),
+    "a newer format": lambda good, mark: changed(good, format=3),
     "no config": lambda good, mark: changed(good, config=GONE),
     "config of another type": lambda good, mark: changed(good, config=[1]),
     "empty config": lambda good, mark: changed(good, config={}),
@@ -113,7 +114,7 @@ def test_a_checkpoint_without_what_resuming_needs(part, command, tiny_smt, tmp_p
     assert code == 2 and err.count("\n") == 1 and f"{tmp_path}/ckpt.pt" in err and part in err, err
 
 
-@pytest.mark.parametrize("flag", ["decode_own", "ema", "dataset"])
+@pytest.mark.parametrize("flag", ["decode_own", "heads", "ema", "dataset"])
 def test_a_run_of_an_older_version_is_not_resumed_with_new_defaults(flag, command, tiny_smt,
                                                                     tmp_path):
     """A config that does not say what a flag was is refused: the objective would change
@@ -122,6 +123,14 @@ def test_a_run_of_an_older_version_is_not_resumed_with_new_defaults(flag, comman
     (tmp_path / "ckpt.pt").write_bytes(changed(tiny_smt.read_bytes(), config=config))
     code, _, err = command(f"smt.py --resume --steps 9 --out_dir {tmp_path}")
     assert code == 2 and err.count("\n") == 1 and f"{tmp_path}/ckpt.pt" in err, err
+
+
+def test_an_older_format_says_so(command, tiny_smt, tmp_path):
+    """Not that it is no checkpoint, but that it is one of a version whose networks were others."""
+    (tmp_path / "old.pt").write_bytes(changed(tiny_smt.read_bytes(), format=1))
+    code, _, err = command(f"evaluate.py --ckpt {tmp_path}/old.pt")
+    assert code == 2 and err.count("\n") == 1, err
+    assert "format 1" in err and f"format {model.FORMAT}" in err and "train again" in err
 
 
 def test_a_good_checkpoint_loads_from_anywhere(tiny_smt, tmp_path, monkeypatch):

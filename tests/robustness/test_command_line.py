@@ -77,9 +77,14 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --threads 1000000", "--threads"),
     ("smt.py {TINY} --batch_size 0", "--batch_size"),
     ("smt.py {TINY} --log_every 0", "--log_every"),
-    ("smt.py {TINY} --runs 0", "--runs"),
-    ("smt.py {TINY} --run_len 1", "--run_len"),
-    ("smt.py {TINY} --chain 1.5", "--chain"),
+    ("smt.py {TINY} --times 1", "--times"),  # no transition
+    ("smt.py {TINY} --times -1", "--times"),
+    ("smt.py {TINY} --first 1.5", "--first"),
+    ("smt.py {TINY} --rnn_batch -1", "--rnn_batch"),
+    ("smt.py {TINY} --heads -1", "--heads"),
+    ("smt.py {TINY} --mem_dim -1", "--mem_dim"),
+    ("smt.py {TINY} --timestamps maybe", "--timestamps"),
+    ("smt.py {TINY} --runs 2", "--runs"),  # a flag of format 1
     ("smt.py {TINY} --micro 0", "--micro"),
     ("smt.py {TINY} --mem_tokens 0", "--mem_tokens"),
     ("smt.py {TINY} --d_model 15", "--d_model"),
@@ -89,7 +94,10 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --ctx_len 1", "--ctx_len"),
     ("smt.py {TINY} --ctx_len 6", "--ctx_len"),  # the query would never be seen
     ("bptt.py {TINY} --enc_layers 2", "--enc_layers"),  # no encoder there
+    ("bptt.py {TINY} --heads 4", "--heads"),
     ("transformer.py {TINY} --mem_tokens 2", "--mem_tokens"),  # no memory there
+    ("transformer.py {TINY} --mem_dim 8", "--mem_dim"),
+    ("transformer.py {TINY} --heads 4", "--heads"),
     ("smt.py {TINY} --fut_len -1", "--fut_len"),
     ("smt.py {TINY} --image_size 14", "--image_size"),
     ("smt.py {TINY} --glyphs abc", "--glyphs"),
@@ -99,7 +107,8 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --symbols 1", "--symbols"),
     ("smt.py {TINY} --micro 3", "--micro"),
     ("smt.py {TINY} --enc_layers 1000000000", "--enc_layers"),
-    ("smt.py {TINY} --mem_tokens 1000000000000000000", "out of memory"),
+    ("smt.py {TINY} --mem_tokens 1000000000000000000", "--mem_tokens"),
+    ("smt.py {TINY} --d_model 1000000", "out of memory"),
     ("smt.py --dataset recall --key_len 1000000000000", "--key_len"),
     ("bench.py --dataset text", "--dataset"),
     ("smt.py {TINY} --noise 1.5", "--noise"),
@@ -138,11 +147,15 @@ BAD = [  # command, what its one line must mention
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --d_model 16", "--d_model"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --length 8", "--length"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --dataset glyphs", "--dataset"),
-    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --rollout forever", "--rollout"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --sweeps 3", "3"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --horizon -1", "--horizon"),
-    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --pairs 0", "--pairs"),
-    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --lambda_kl inf", "--lambda_kl"),
-    ("dmt.py --out_dir runs/dmt --resume --lambda_kl 3", "--lambda_kl"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --span 0", "--span"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --spans 0", "--spans"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --reuse 0", "--reuse"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --first 2", "--first"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --lambda_mse inf", "--lambda_mse"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --heads 3", "--heads"),
+    ("dmt.py --out_dir runs/dmt --resume --lambda_mse 3", "--lambda_mse"),
     ("dmt.py --out_dir runs/dmt --resume --ckpt runs/smt/ckpt.pt", "--ckpt"),
     ("bptt.py {TINY} --truncate -1", "--truncate"),
     ("bptt.py {TINY} --lambda_dyn 1", "--lambda_dyn"),
@@ -191,11 +204,11 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(line, named, here, command, m
 def picture_ckpt(tmp_path_factory):
     """The checkpoint of an untrained RNN for pictures of 2x3 pixels, which is all that sampling
     needs."""
-    from model import RNN, ModelConfig
+    from model import FORMAT, RNN, ModelConfig
     c = ModelConfig(vocab=3, n_out=2, T=6, d_model=8, n_heads=1, mem_tokens=2, rnn_layers=1,
                     dec_layers=1, ctx_len=6)
     path = tmp_path_factory.mktemp("pictures") / "rnn.pt"
-    torch.save(dict(format=1, script="smt", config=dict(dataset="glyphs", preset="laptop"),
+    torch.save(dict(format=FORMAT, script="smt", config=dict(dataset="glyphs", preset="laptop"),
                     image=(2, 3),
                     model=dataclasses.asdict(c), rnn=RNN(c).state_dict()), path)
     return path
@@ -312,7 +325,7 @@ def test_a_synthetic_task_has_the_recipe_of_its_kind(name):
     for preset in presets.PRESETS:
         r = presets.recipe("smt", preset, flags.kinds(name))
         assert r["ctx_len"] == 0
-        assert r["fut_len"] == (8 if preset == "laptop" and name in data.TRACKING else 0)
+        assert r["fut_len"] == 0
 
 
 def test_no_synthetic_task_is_forgotten():
@@ -376,7 +389,7 @@ def test_a_run_in_steps_has_no_clock():
 def final(out_dir):
     """All weights of a run's last checkpoint, by name."""
     ckpt = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    return {f"{net}.{k}": v for net in ("encoder", "decoder", "rnn") for k,
+    return {f"{net}.{k}": v for net in ("encoder", "decoder", "rnn", "heads") for k,
             v in ckpt.get(net, {}).items()}
 
 
@@ -389,15 +402,18 @@ def distance(a, b):
 
 # "a + b": what b changes on top of a.
 SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --no-decay | --lambda_dec 2 | "
-       "--lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --runs 3 | --run_len 3 | --chain 0.2 | "
-       "--micro 2 | --encoder bidirectional | --no-timestamps | --fut_len 2 | "
+       "--lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --times 4 | --rnn_batch 2 | "
+       "--no-decode_own | --first 0.7 | --futures 3 | --lambda_fut 3 | --horizon 1 | "
+       "--horizon 3 | --heads 0 | --heads 2 | --mem_dim 12 | --timestamps none | "
+       "--timestamps encoder | --micro 2 | --encoder bidirectional | --fut_len 2 | "
        "--encoder bidirectional + --ctx_len 3 | --mem_tokens 3 | --d_model 20 | --n_heads 4 | "
-       "--head_dim 4 | --enc_layers 1 | --dec_layers 2 | --rnn_layers 1 | --rnn mlp | --rnn gru | "
-       "--ema 0.05 | --decode_own 1 | --decode 2 | --optimizer adamw | --length 9 | --symbols 4 | "
-       "--noise 0.9 | --needle_range 5").split(" | ")
-DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_kl 1 | --lambda_dec 3 | --detach_dec | "
-       "--lambda_mse 5 | --pairs 7 | --decode 3 | --tube 0 | --ema 0.05 | --tube 0 + --horizon 1 | "
-       "--tube 0 --horizon 3 + --rollout parallel").split(" | ")
+       "--head_dim 4 | --enc_layers 1 | --dec_layers 2 | --rnn_layers 1 | --rnn mlp | "
+       "--rnn gru | --ema 0.05 | --optimizer adamw | --length 9 | --symbols 4 | --noise 0.9 | "
+       "--needle_range 5").split(" | ")
+DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
+       "--lambda_mse 5 | --span 1 | --spans 5 | --reuse 3 | --first 0.7 | --futures 3 | "
+       "--lambda_fut 3 | --ema 0.05 | --tube 0 + --tube 0.1 | --tube 0 + --horizon 1 | "
+       "--tube 0 --horizon 3 + --sweeps").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
 WITHOUT = set("recompute dataset data_dir preset device threads compile ckpt init".split()) \
     | set(data.HELP)
@@ -419,7 +435,7 @@ def test_every_flag_changes_the_result(script, flag, command, tiny_smt, bases, t
     monkeypatch.setattr(trainer.Run, "time_to_evaluate", lambda self: False)
 
     def weights(flags, out_dir):
-        start = "--ckpt {tiny_smt} --pairs 10" if script == "dmt" else \
+        start = "--ckpt {tiny_smt} --span 3 --spans 6 --reuse 1" if script == "dmt" else \
             "" if "--init" in flags else "{TASK} {SIZES}"
         code, _, err = command(f"{script}.py {start} {{RUN}} --lr 0.02 --warmup 0 --steps 4 "
                                f"{flags} --out_dir {out_dir}", tiny_smt=tiny_smt)

@@ -19,9 +19,9 @@ import model
 import trainer
 
 LONG = "--steps 24 --ckpt_every 6 --log_every 4 --eval_every 8 --warmup 3"
-START = {  # a round of dmt.py spans 5 steps, so its checkpoints fall on multiples of 5
-    "smt": "{TINY} --lr 0.02 --micro 2",
-    "dmt": "{RUN} --ckpt {tiny_smt} --pairs 5",
+START = {  # a round of dmt.py has 5 steps (32 spans), so its checkpoints fall on multiples of 5
+    "smt": "{TINY} --lr 0.02 --micro 2 --horizon 5",
+    "dmt": "{RUN} --ckpt {tiny_smt} --span 2 --spans 6 --reuse 2",
     "bptt": "{TINY} --truncate 3",
     "transformer": "{TINY}",
 }
