@@ -21,7 +21,7 @@ def asked(changes, heads=None, y=None, seed=0):
     x, own = sequences()
     y = own if y is None else y
     m, t = torch.randn(B, 7, K, M, generator=gen(5)), torch.arange(4, 11).expand(B, -1)
-    cfg = recipe(smt, **dict(first=0.0, futures=0) | changes)
+    cfg = recipe(smt, **dict(first=0.0, futures=0, lambda_fut=1.0) | changes)
     return decoder, m, t, x, y, predictive(decoder, heads, m, t, x, y, cfg, gen(seed))
 
 
@@ -45,6 +45,16 @@ def test_futures_against_a_loop():
             nats += F.cross_entropy(logits[:len(future)], future, ignore_index=-1, reduction="sum")
             targets += int((future >= 0).sum())
     assert torch.allclose(got["futures"], nats / targets, atol=1e-5)
+
+
+def test_the_last_memories_futures():
+    """With `ends`, as DMT asks, those of the last memory of each row alone are read: the first so
+    many rows, which come in random order."""
+    decoder, m, t, x, y, _ = asked({})
+    cfg = recipe(smt, first=0.0, futures=2, lambda_fut=1.0)
+    got = predictive(decoder, None, m, t, x, y, cfg, gen(), ends=True)
+    last = predictive(decoder, None, m[:2, -1:], t[:2, -1:], x[:2], y[:2], cfg, gen())
+    assert torch.allclose(got["futures"], last["futures"], atol=1e-6)
 
 
 def test_a_part_of_the_futures_is_drawn_without_replacement():
@@ -171,10 +181,11 @@ def test_heads_against_a_loop():
 
 
 def test_the_three_questions_add_up():
-    """"dec" is their sum; a question that is not asked is not there, and none at all is 0."""
-    got = asked(dict(first=0.5, futures=4), tiny.heads())[-1]
+    """"dec" is their sum, the futures in it weighed; a question that is not asked is not there, and
+    none at all is 0."""
+    got = asked(dict(first=0.5, futures=4, lambda_fut=0.3), tiny.heads())[-1]
     assert got.keys() == {"dec", "heads", "first", "futures"}
-    assert torch.allclose(got["dec"], got["heads"] + got["first"] + got["futures"])
+    assert torch.allclose(got["dec"], got["heads"] + got["first"] + 0.3 * got["futures"])
     assert asked(dict(futures=4))[-1].keys() == {"dec", "futures"}
     assert asked({})[-1] == dict(dec=0)
 

@@ -10,7 +10,8 @@ import smt
 from losses import cross_entropy
 from model import build, load_checkpoint
 
-PAPER = dict(first=0.0, futures=1000, decode_own=False, rnn_batch=0)  # and no heads, horizon 1
+# and no heads, horizon 1
+PAPER = dict(first=0.0, futures=1000, lambda_fut=1.0, decode_own=False, rnn_batch=0)
 TIMES = torch.arange(3, 9)
 
 

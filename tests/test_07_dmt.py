@@ -156,7 +156,7 @@ def test_spans_come_in_random_order_and_anew():
 # ----------------------------------------------------------------------------------------- objective
 
 def losses(nets, own, labels, b, t, heads=None, variance=0.5, y=None, **changes):
-    cfg = recipe(dmt, **dict(first=0.0, futures=1000, span=1) | changes)
+    cfg = recipe(dmt, **dict(first=0.0, futures=1000, lambda_fut=1.0, span=1) | changes)
     x, given = sequences()
     return dmt.objective(nets[2], heads, own, labels, x, given if y is None else y, b, t,
                          torch.tensor(variance), cfg, gen())
@@ -165,7 +165,8 @@ def losses(nets, own, labels, b, t, heads=None, variance=0.5, y=None, **changes)
 @pytest.mark.parametrize("span", [1, 3])
 def test_objective_against_a_loop(span):
     """From the RNN's own m_{t-1} `span` updates (Eq. 1); each result shall be the encoder's
-    (Eq. 6, the paper with span 1) and its readout predict (Eq. 2); the loss is the weighted sum."""
+    (Eq. 6, the paper with span 1) and its readout predict (Eq. 2): y_t from each, the future from
+    the last; the loss is the weighted sum."""
     nets = _, _, rnn = networks()
     x, y = sequences()
     own, labels = (torch.randn(B, T, K, M, generator=gen(s)) for s in (3, 4))
@@ -178,10 +179,10 @@ def test_objective_against_a_loop(span):
             m = rnn.update(m, x[n:n + 1, now], torch.tensor([now]))
             square.append((m[0] - labels[n, now]).square().mean())
             first.append(cross_entropy(rnn.readout(m)[:, 0], y[n:n + 1, now]))
-            logits = rnn.readout(m, x[n:n + 1, now + 1:now + 4], torch.tensor([now]))[0]
-            future = y[n, now:now + 4]
-            nats += F.cross_entropy(logits[:len(future)], future, reduction="sum")
-            targets += len(future)
+        logits = rnn.readout(m, x[n:n + 1, now + 1:now + 4], torch.tensor([now]))[0]
+        future = y[n, now:now + 4]
+        nats += F.cross_entropy(logits[:len(future)], future, reduction="sum")
+        targets += len(future)
     mse = torch.stack(square).mean() / 0.5
     dec = nats / targets + torch.stack(first).mean()
     assert torch.allclose(got["mse"], mse, atol=1e-5) and torch.allclose(got["dec"], dec, atol=1e-5)
