@@ -1,4 +1,5 @@
-"""Draws table.csv: what the RNN alone reaches, backbone by backbone, after the same minutes of each method.
+"""Draws table.csv: what the RNN alone reaches, backbone by backbone, after the same minutes of each
+method.
 
     python results/backbones/table.py        # writes table.png beside this file
 """
@@ -10,7 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-METHODS = {"bptt": "BPTT", "smt": "SMT, a part of the minutes", "dmt": "SMT, then DMT", "smt+bptt": "SMT, then BPTT"}
+METHODS = {"bptt": "BPTT", "smt": "SMT, a part of the minutes", "dmt": "SMT, then DMT",
+           "smt+bptt": "SMT, then BPTT"}
 TASKS = {"retrieval": "retrieval, nats over the optimum", "stack": "stack, nats over the optimum",
          "mnist": "MNIST 14×14, nats per image"}
 RNNS = ("transformer", "mlp", "gru")
@@ -22,11 +24,14 @@ def main() -> None:
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.6))
     for ax, (task, title) in zip(axes, TASKS.items()):
         for i, (script, label) in enumerate(METHODS.items()):
-            got = [(k + (i - 1.5) * 0.2, float(r["rollout"])) for k, rnn in enumerate(RNNS) for r in rows
+            got = [(k + (i - 1.5) * 0.2, float(r["rollout"]))
+                   for k, rnn in enumerate(RNNS) for r in rows
                    if (r["dataset"], r["rnn"], r["script"]) == (task, rnn, script)]
             if got:  # SMT, then BPTT: on MNIST only
-                ax.scatter(*zip(*got), label=label, color=("0.5", "C1", "C0", "C2")[i], marker="sodv"[i])
-        ax.set(title=title, xticks=range(3), xlim=(-0.5, 2.5), **({} if task == "mnist" else dict(yscale="log")))
+                ax.scatter(*zip(*got), label=label, color=("0.5", "C1", "C0", "C2")[i],
+                           marker="sodv"[i])
+        ax.set(title=title, xticks=range(3), xlim=(-0.5, 2.5),
+               yscale="linear" if task == "mnist" else "log")
         ax.set_xticklabels(["Transformer", "MLP", "GRU"])
     axes[2].legend(fontsize=8, loc="upper center")
     fig.tight_layout()

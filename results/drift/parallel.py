@@ -31,14 +31,13 @@ def errors(path: str, n: int = 16) -> list[float]:
     config = ckpt["config"] | flags.data_places({}, ckpt["config"])
     task = flags.load_data(config, "cpu", ckpt)
     x = task.held_out("val", n)["x"]
-    m = encoder(x, torch.arange(task.T))
+    m = encoder(x)
     exact, variance = rnn.memories(x), m.flatten(0, 1).var(0).mean()
     t, out = torch.arange(1, task.T), []
     for j in range(task.T):
         out.append(float((m - exact).square().mean() / variance))
         if j + 1 < task.T:  # m_0 .. m_j are exact by now
-            new = rnn.update(m[:, j:-1].flatten(0, 1), x[:, j + 1:].flatten(), t[j:].repeat(len(x)))
-            m[:, j + 1:] = new.view_as(m[:, j + 1:])
+            m[:, j + 1:] = rnn.update(m[:, j:-1], x[:, j + 1:], t[j:])
     return out
 
 

@@ -1,11 +1,12 @@
-"""Time and memory of one optimiser step against the sequence length T (Tab. 1 of the paper, measured).
+"""Time and memory of one step against the sequence length T (Tab. 1 of the paper, measured).
 
     python results/scaling/scaling.py
 
-Windows of T bytes of pydoc, laptop sizes, batch 24, one CPU thread. SMT and DMT are the defaults (SMT: two runs of eight
-times, Tc = T, Tf = 16; DMT: labels and own memories of whole windows, then its share of 512 pairs a step), BPTT is full.
-Every point is a fresh process: seconds are the median of three steps, memory is the peak resident set above what the
-process had before its first step. Draws scaling.png beside this file.
+Windows of T bytes of pydoc, laptop sizes and batches, one CPU thread. SMT and DMT are the defaults
+with the RNN alone over the whole window; DMT is a round, labels and own memories, with all the
+steps that learn from it. BPTT is full, on SMT's batches. Every point is a fresh process: seconds
+are the median of three steps, memory is the peak resident set above what the process had before its
+first step. Draws scaling.png beside this file.
 """
 import json
 import os
@@ -43,11 +44,13 @@ def main() -> None:
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, way in WAYS.items():
-        points = [json.loads(subprocess.run([sys.executable, __file__, way, str(T)], check=True, capture_output=True,
-                                            text=True).stdout) for T in LENGTHS]
+        call = lambda T: subprocess.run([sys.executable, __file__, way, str(T)], check=True,
+                                        capture_output=True, text=True)
+        points = [json.loads(call(T).stdout) for T in LENGTHS]
         for ax, key in zip(axes, ("seconds", "mib")):
             ax.loglog(LENGTHS, [p[key] for p in points], ".-", label=name, base=2)
-        print(f"| {name} | " + " | ".join(f"{p['seconds']:.2f} s, {p['mib']:.0f} MiB" for p in points) + " |", flush=True)
+        cells = (f"{p['seconds']:.2f} s, {p['mib']:.0f} MiB" for p in points)
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     axes[0].set(xlabel="T", ylabel="seconds a step")
     axes[1].set(xlabel="T", ylabel="peak MiB")
     axes[0].legend()
