@@ -100,8 +100,8 @@ def resize(width: int, new: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block. Split in two, so that the Encoder can keep keys and values of the
-    tokens."""
+    """Pre-norm Transformer block. Split in two for the Decoder, whose last layer asks for fewer
+    outputs than it reads tokens."""
 
     def __init__(self, c: ModelConfig, layers: int):
         super().__init__()

@@ -31,7 +31,7 @@ def masked():
     return y.masked_fill(torch.rand(y.shape, generator=gen(2)) < 0.35, -1)
 
 
-# ------------------------------------------------------------------------ the paper's: whole futures
+# ----------------------------------------------------------------------- the paper's: whole futures
 
 def test_futures_against_a_loop():
     """Every memory's Tf targets, given the inputs between them, over sequences and times; a mean
@@ -163,7 +163,7 @@ def test_wrong_guesses_are_decoded_more_often():
     assert hard > 0.55 > 3 / T  # 3 of the 11 places
 
 
-# ------------------------------------------------------------------------------------- cheap guesses
+# ------------------------------------------------------------------------------------ cheap guesses
 
 def test_heads_against_a_loop():
     """From every memory its next F valid targets, and once more the very next one."""

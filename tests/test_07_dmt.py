@@ -20,7 +20,7 @@ def setting(n=B):
         return rnn, encoder(x), x
 
 
-# -------------------------------------------------------------------------------------- own memories
+# ------------------------------------------------------------------------------------- own memories
 
 def pieces(rnn, labels, x, times, horizon, start):
     """A plain loop: the encoder's memory where a piece starts, elsewhere one update."""
@@ -119,7 +119,7 @@ def test_curriculum_grows_to_the_whole():
     assert [dmt.horizon_at(p, 5) for p in (0.0, 0.3, 1.0)] == [5, 5, 5]
 
 
-# --------------------------------------------------------------------------------------------- spans
+# -------------------------------------------------------------------------------------------- spans
 
 @pytest.mark.parametrize("length, span", [(T, 1), (T, 3), (T, 5), (T, T - 1), (64, 16), (2, 1)])
 def test_spans_cover_every_transition(length, span):
@@ -153,7 +153,7 @@ def test_spans_come_in_random_order_and_anew():
         assert not torch.equal(part[:, 0], part[:, 0].sort().values)
 
 
-# ----------------------------------------------------------------------------------------- objective
+# ---------------------------------------------------------------------------------------- objective
 
 def losses(nets, own, labels, b, t, heads=None, variance=0.5, y=None, **changes):
     cfg = recipe(dmt, **dict(first=0.0, futures=1000, lambda_fut=1.0, span=1) | changes)
