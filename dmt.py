@@ -34,7 +34,8 @@ class Config(flags.Config):
     lambda_mse: float = flag("weight of Eq. 6, in units of the labels' variance")
     lambda_dec: float = flag("weight of the predictions, Eq. 2, read by the readout")
     detach_dec: bool = flag("the gradient of the predictions stays in the readout")
-    futures: int = flag("memories whose whole future the readout predicts")
+    futures: int = flag("spans whose last memory predicts its whole future")
+    lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     first: float = flag("part of the memories whose y_t the readout predicts; the paper: 0")
     horizon: int = flag("updates the RNN runs alone, growing to this; 0 = the sequence")
     sweeps: bool = flag("own memories by `horizon` sweeps over all times, not step by step")
@@ -74,7 +75,7 @@ def objective(rnn: RNN, heads: Heads | None, own: Tensor, labels: Tensor, x: Ten
     made = rnn.rollout(own[b, t - 1], x[at], t)                                 # (N, S, K, d)
     mse = F.mse_loss(made.float(), labels[at].float()) / variance   # Eq. 6; 1 = the mean's error
     read = made.detach() if cfg.detach_dec else made
-    dec = predictive(rnn.readout, heads, read, when, x[b], y[b], cfg, gen)      # Eq. 2
+    dec = predictive(rnn.readout, heads, read, when, x[b], y[b], cfg, gen, ends=True)   # Eq. 2
     return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec
 
 

@@ -4,7 +4,8 @@ The paper decodes the whole future of one memory a sequence. A step can ask all 
 asks cheaply; the sum of three questions is
 
     futures   the paper's: a causal decoder reads the memory and the inputs to come, and predicts
-              Tf outputs (--futures of them a step)
+              Tf outputs (--futures of them a step). In DMT at the end of every span, where it is
+              the critic: it knows what a memory is worth to steps that no gradient comes back from
     first     y_t alone, from the memory alone: what the readout will be used for. Only a part is
               decoded (--first), most of it where a cheap guess goes wrong
     heads     the next F targets from every memory, by one linear map (--heads; model.Heads). They
@@ -69,9 +70,11 @@ def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: Tensor, y: Tensor,
-               cfg, gen: torch.Generator) -> dict[str, Tensor]:
+               cfg, gen: torch.Generator, ends: bool = False) -> dict[str, Tensor]:
     """L_dec, Eq. 2: memories m (N, S, K, d) at times t (N, S) of sequences x, y (N, T) int64 must
-    predict. Named scalars; "dec" is their sum. `decoder` is the teacher's, or the RNN's readout."""
+    predict. Named scalars; "dec" is their sum, the futures' weight --lambda_fut. `decoder` is the
+    teacher's, or the RNN's readout. `ends`: the futures are those of the last memories, m[:, -1].
+    """
     out, target = {}, y.gather(1, t).flatten()
     valid = (target >= 0).float()
     wrong, rows = valid, m.flatten(0, 1)                    # without heads no place is special
@@ -90,8 +93,14 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
         out["first"] = (weight * nats).mean() / valid.mean().clamp(min=1e-9)
     if cfg.futures:
-        some = torch.randperm(len(rows), generator=gen)[:cfg.futures].to(m.device)
-        n, now = some // t.shape[1], t.flatten()[some]
+        S = t.shape[1]
+        if ends:
+            some = torch.arange(len(t), device=m.device)[:cfg.futures] * S + S - 1
+        else:
+            some = torch.randperm(len(rows), generator=gen)[:cfg.futures].to(m.device)
+        n, now = some // S, t.flatten()[some]
         x_fut, y_fut = futures(x, y, n, now, decoder.c.fut_len)
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
-    return dict(dec=sum(out.values(), torch.zeros((), device=m.device))) | out
+    weight = dict(futures=cfg.lambda_fut)
+    total = sum((weight.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))
+    return dict(dec=total) | out

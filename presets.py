@@ -24,7 +24,7 @@ PRESETS["laptop"] = {
     "dec_layers": 2,
     "rnn_layers": 2,
     "ctx_len": 0,
-    "fut_len": 16,
+    "fut_len": 28,
     "heads": 28,
     "timestamps": "all",
 
@@ -47,7 +47,8 @@ PRESETS["laptop"] = {
     "rnn_batch":         (3,            _,            _),
     "decode_own":        (True,         _,            _),
     "first":             (0.25,         0.25,         _),
-    "futures":           (48,           16,           _),
+    "futures":           (48,           128,          _),
+    "lambda_fut":        (0.25,         1.2,          _),
     "horizon":           (0,            0,            _),
     "micro":             (1,            _,            _),
     "span":              (_,            16,           _),
@@ -111,7 +112,8 @@ PRESETS["paper"] = {
     "rnn_batch":         (0,            _,            _),
     "decode_own":        (False,        _,            _),
     "first":             (0.0,          0.0,          _),
-    "futures":           (32,           256,          _),  # of a micro-batch; of a step
+    "futures":           (32,           4096,         _),  # of a micro-batch; of a step
+    "lambda_fut":        (1.0,          1.0,          _),
     "horizon":           (1,            256,          _),
     "micro":             (4,            _,            _),
     "span":              (_,            1,            _),

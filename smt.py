@@ -36,6 +36,7 @@ class Config(flags.Config):
     horizon: int = flag("on-policy transitions, after up to so many updates alone (grows to it; "
                         "0 = the sequence); the paper: 1, none")
     futures: int = flag("memories whose whole future the decoder predicts")
+    lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     first: float = flag("part of the memories whose y_t the decoder predicts; the paper: 0")
     micro: int = flag("micro-batches a step, each with times of its own")
 

@@ -2,7 +2,6 @@
 Lesson: what the synthetic tasks ask, told a second time in plain Python, and that their Bayes
 optimum is exact: among all sequences that begin alike, y_t comes up as often as the posterior says.
 """
-import json
 from collections import Counter, defaultdict
 
 import pytest
