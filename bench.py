@@ -15,9 +15,9 @@ Ours is what smt.py and dmt.py do with their presets when the RNN runs alone ove
 sequence; SMT once more with nothing on-policy, and once with the paper's pair of times. A labelled
 transition is a pair (m_{t-1}, x_t) -> m_t with a label from the encoder that an optimiser step
 learns from; on-policy m_{t-1} is another one, and so is each update of a span. Both ways process
-whole batches and end with an optimiser step, ours of the preset's optimiser, the reference's of
-AdamW. MNIST at laptop sizes is timed at 14x14 and, because labels cost the reference a context
-each, at 28x28.
+whole batches, of SMT's size, and end with an optimiser step, ours of the preset's optimiser, the
+reference's of AdamW. MNIST at laptop sizes is timed at 14x14 and, because labels cost the reference
+a context each, at 28x28.
 """
 import dataclasses
 import functools
@@ -79,6 +79,8 @@ class Bench:
                                    **task)
         self.smt = config("smt", smt.Config, lr=1e-5)  # a benchmark goes nowhere
         self.dmt = config("dmt", dmt.Config)
+        # a graph over a whole rollout: the reference has no memory for DMT's large batches
+        self.dmt.batch_size = min(self.dmt.batch_size, self.smt.batch_size)
         self.task = flags.load_data(vars(self.smt), device)
         c = trainer.model_config(self.smt, self.task)
         torch.manual_seed(0)
