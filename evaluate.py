@@ -2,11 +2,14 @@
 
     python evaluate.py --ckpt runs/dmt-mnist/ckpt.pt
     python evaluate.py --ckpt runs/dmt-mnist/ckpt.pt --n_test 10000 --json
+    python evaluate.py --ckpt runs/dmt-stack/ckpt.pt --length 256    # longer than it was trained
 
     teacher    the encoder reads x_0 .. x_t, the decoder predicts y_t
     one step   the encoder reads x_0 .. x_{t-1}, the RNN reads x_t and predicts (no likelihood of
                the RNN alone)
     rollout    the RNN alone, from m_0, on its own memories: the exact likelihood of the sequences
+    window     with --length: the teacher again, reading no more than it did in training; the other
+               teacher reads everything, at positions that it was never trained on
 
 The gap between the three is the method. Prints a table (or JSON alone) and writes evaluation.png
 beside the checkpoint.
@@ -21,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flags
-from console import MOST_THREADS, cli, demand, parser, pick_device
-from data import bayes
+from console import MOST_THREADS, cli, demand, fail, parser, pick_device
+from data import OPTIONS, bayes
 from losses import futures
 from model import ROWS, RNN, Decoder, Encoder, autocast, build
 from sources.files import Data, written_whole
 
-COLUMNS = ("teacher", "one_step", "rollout")
+COLUMNS = ("teacher", "one_step", "rollout", "window")
 
 
 class Score:
@@ -74,10 +77,18 @@ class Memories:
     label: Tensor | None      # the encoder's
     one_step: Tensor | None   # one update from the encoder's; m_0 is the RNN's own
     own: Tensor | None        # the RNN's, alone from m_0
+    window: Tensor | None = None  # the encoder's, from the last few tokens
 
 
-def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None) -> Memories:
-    """Three ways to have read x (B, T) int64."""
+def windowed(encoder: Encoder, x: Tensor, Tc: int) -> Tensor:
+    """Memories of x (B, T) that read the last Tc tokens each: (B, T, K, d)."""
+    last = torch.tensor([Tc - 1])
+    later = [encoder(x[:, t + 1 - Tc:t + 1], last) for t in range(Tc, x.shape[1])]
+    return torch.cat([encoder(x[:, :Tc]), *later], dim=1)
+
+
+def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None, Tc: int = 0) -> Memories:
+    """Ways to have read x (B, T) int64; with Tc one more, a teacher that reads Tc tokens."""
     own = rnn.memories(x) if rnn is not None else None
     if rnn is None or encoder is None:
         return Memories(None, None, own)
@@ -87,7 +98,7 @@ def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None) -> Memories:
     m = encoder(x, times)
     made = rnn.update(m[:, :-1], x[:, 1:], times[1:].to(x.device))
     one = torch.cat([rnn.start(len(x))[:, None], made], dim=1)
-    return Memories(m, one, own)
+    return Memories(m, one, own, windowed(encoder, x, Tc) if Tc else None)
 
 
 def predictions(x: Tensor, m: Memories, rnn: RNN | None, decoder: Decoder | None) -> dict:
@@ -99,6 +110,8 @@ def predictions(x: Tensor, m: Memories, rnn: RNN | None, decoder: Decoder | None
     if m.label is not None:
         out["teacher"] = decoder(m.label.flatten(0, 1))[:, 0].view(*m.label.shape[:2], -1)
         out["one_step"] = rnn.logits(m.one_step)
+    if m.window is not None:
+        out["window"] = decoder(m.window.flatten(0, 1))[:, 0].view(*m.window.shape[:2], -1)
     return out
 
 
@@ -151,7 +164,7 @@ def kl_of_futures(decoder: Decoder, m: Memories, x: Tensor, y: Tensor, few: int)
 @torch.no_grad()
 def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
              decoder: Decoder | None = None, split: str = "test", n: int | None = None,
-             kl_sequences: int = 64) -> dict:
+             kl_sequences: int = 64, Tc: int = 0) -> dict:
     """A dict with the keys of the JSON output, None where one does not apply.
 
     encoder and decoder are the teacher (None for a BPTT run from scratch); rnn is None and decoder
@@ -168,7 +181,7 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
         x, y, *extra = (v if v is None else v[i:i + batch]
                         for v in (held["x"], held["y"], held["clean"], held["posterior"]))
         with autocast(str(x.device)):
-            m = memories(x, rnn, encoder)
+            m = memories(x, rnn, encoder, Tc)
             for name, logits in predictions(x, m, rnn, decoder).items():
                 L = logits.shape[1]
                 scores[name].add(logits, *(v if v is None else v[:, :L] for v in (y, *extra)))
@@ -177,7 +190,7 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
                 few = min(len(x), max(0, kl_sequences - i))
                 nats, valid = kl_of_futures(decoder, m, x, y, few)
                 kl, targets = kl + nats, targets + valid
-    out = dict(dataset=task.name, split=split, n=N, units=task.units)
+    out = dict(dataset=task.name, split=split, n=N, T=task.T, units=task.units)
     out |= losses(task, held, scores, "rollout" if rnn is not None else "teacher")
     return out | drift.numbers() | dict(kl=kl / max(1, targets) if drift.rows else None)
 
@@ -206,9 +219,10 @@ def summary(result: dict) -> dict:
 def table(r: dict) -> str:
     """The result as text."""
     show = lambda v: "-" if v is None else f"{v:.4f}" if abs(v) < 10 else f"{v:.2f}"
-    row = lambda name, values: f"{name:16}" + "".join(f"{show(values[k]):>10}" for k in COLUMNS)
-    lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences", "",
-             f"{'':16}{'teacher':>10}{'one step':>10}{'rollout':>10}",
+    columns = [k for k in COLUMNS if k != "window" or r[k] is not None]
+    row = lambda name, values: f"{name:16}" + "".join(f"{show(values[k]):>10}" for k in columns)
+    lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences, T = {r['T']}", "",
+             " " * 16 + "".join(f"{k.replace('_', ' '):>10}" for k in columns),
              row(r["units"], r) + f"   ± {show(r['stderr'])} (standard error)"]
     late = f"t >= {r['late_from']}"
     for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), (late, "late"),
@@ -234,7 +248,7 @@ def draw(r: dict, file) -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     names = [k for k in COLUMNS if r[k] is not None]
     left.bar([n.replace("_", " ") for n in names], [r[n] for n in names],
-             color=["0.6", "0.75", "C0"][:len(names)])
+             color=["0.6", "0.75", "C0", "0.85"][:len(names)])
     left.set(ylabel=r["units"], title=f"{r['dataset']}, {r['split']}, N = {r['n']}")
     for i, name in enumerate(names):
         left.text(i, r[name], f"{r[name]:.3g}", ha="center", va="bottom")
@@ -260,6 +274,22 @@ def networks(ckpt: dict, device: str) -> tuple[RNN | None, Encoder | None, Decod
                  for name in ("rnn", "encoder", "decoder"))
 
 
+def stretch(ckpt: dict, length: int) -> int:
+    """Make the checkpoint's task and networks those of sequences of this length. Without timestamps
+    no weight depends on it. Returns the context that the encoder was trained with. Raises
+    UserError."""
+    task, c = ckpt["config"]["dataset"], ckpt["model"]
+    if "length" not in OPTIONS[task]:
+        fail(f"--length {length}: {task} has no such option; leave it out")
+    if c["timestamps"] != "none":
+        fail(f"--length {length}: the networks of {ckpt['path']} know the times up to {c['T'] - 1} "
+             "and no others; train with --timestamps none")
+    Tc = min(c["ctx_len"], length)
+    ckpt["config"]["length"] = length
+    c |= dict(T=length, ctx_len=max(c["ctx_len"], length) if c["encoder"] == "causal" else Tc)
+    return Tc if "encoder" in ckpt else 0
+
+
 def main(argv) -> None:
     p = parser("evaluate.py", __doc__)
     p.add_argument("--ckpt", required=True, help="checkpoint of any training script; required")
@@ -273,6 +303,9 @@ def main(argv) -> None:
                    help="(default: %(default)s)")
     p.add_argument("--n_test", type=int, default=1000,
                    help="the first so many sequences of the split (default: %(default)s)")
+    p.add_argument("--length", type=int, default=0,
+                   help="T of the test sequences, of tasks that have such an option and networks "
+                        "without timestamps; 0 = as in training (default: %(default)s)")
     p.add_argument("--json", action="store_true",
                    help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
@@ -284,9 +317,10 @@ def main(argv) -> None:
     torch.manual_seed(a.seed)
     ckpt = flags.open_checkpoint(a.ckpt)
     device = pick_device(a.device)
+    Tc = stretch(ckpt, a.length) if a.length else 0
     config = ckpt["config"] | flags.data_places(vars(a), ckpt["config"])
     task = flags.load_data(config, device, ckpt)
-    result = evaluate(task, *networks(ckpt, device), a.split, a.n_test)
+    result = evaluate(task, *networks(ckpt, device), a.split, a.n_test, Tc=Tc)
     picture = os.path.join(os.path.dirname(a.ckpt), "evaluation.png")
     with written_whole(picture, mend="copy the checkpoint to a folder you may write") as f:
         draw(result, f)

@@ -1,11 +1,12 @@
 """Lesson: the numbers are what they say. A likelihood sums to one over all sequences; drift is 1 -
 R^2."""
 import itertools
+import json
 import math
 
 import pytest
 import torch
-from tiny import networks
+from tiny import networks, sequences
 
 import data
 from sources import images
@@ -159,7 +160,7 @@ def test_late_losses_of_a_rule_that_goes_on():
         assert nats == pytest.approx(-float(q.gather(-1, y[..., None]).mean()), rel=1e-4)
         assert excess == pytest.approx(float(kl.mean()), rel=1e-3)
     assert got["late_from"] == 18 and got["accuracy"] is None
-    assert all(got["late_excess"][k] > 0 for k in evaluate.COLUMNS)
+    assert all(got["late_excess"][k] > 0 for k in evaluate.COLUMNS[:3])
     lines = {line[:16].strip() for line in evaluate.table(got).split("\n")}
     assert {"t >= 18", "excess, t >= 18", "excess nats"} <= lines and "accuracy" not in lines
 
@@ -196,3 +197,44 @@ def test_heads_are_no_part_of_the_numbers(command, tiny_smt, tmp_path):
             assert code == 0 and out, err
             said.append(out)
     assert said[:2] == said[2:4] == said[4:]
+
+
+def test_a_window_forgets_what_lies_before_it():
+    """`windowed` gives the encoder's own memory of the last Tc tokens, and of nothing before."""
+    encoder, _, rnn = networks(timestamps="none")
+    x, _ = sequences()
+    m = evaluate.windowed(encoder, x, 4)
+    assert torch.allclose(m[:, :4], encoder(x)[:, :4], atol=1e-6)
+    assert torch.allclose(m[:, 9], encoder(x[:, 6:10])[:, 3], atol=1e-6)
+    other = x.clone()
+    other[:, 5] = (x[:, 5] + 1) % 5
+    assert torch.equal(evaluate.windowed(encoder, other, 4)[:, 9:], m[:, 9:])
+    assert not torch.allclose(evaluate.windowed(encoder, other, 4)[:, 8], m[:, 8])
+
+
+@pytest.mark.parametrize("encoder", ("causal", "bidirectional"))
+def test_longer_sequences_than_in_training(command, tmp_path, encoder):
+    """--length tests at any length where nobody was told the time; where T is the length of
+    training, the window is the whole past and both teachers are one."""
+    out = tmp_path / "run"
+    code, _, err = command(f"smt.py --dataset stack --length 8 {{SIZES}} {{RUN}} --timestamps none "
+                           f"--encoder {encoder} --times 4 --horizon 1 --out_dir {out}")
+    assert code == 0, err
+    results = {}
+    for length in (5, 8, 21):
+        code, printed, err = command(f"evaluate.py --ckpt {out}/ckpt.pt --length {length} "
+                                     "--n_test 7 --json")
+        assert code == 0, err
+        results[length] = json.loads(printed)
+        assert results[length]["T"] == length
+    assert results[8]["window"] == pytest.approx(results[8]["teacher"], abs=1e-6)
+    if encoder == "causal":
+        assert results[21]["window"] != pytest.approx(results[21]["teacher"], abs=1e-6)
+    plain = json.loads(command(f"evaluate.py --ckpt {out}/ckpt.pt --n_test 7 --json")[1])
+    assert plain["rollout"] == results[8]["rollout"] and plain["window"] is None
+
+
+def test_length_is_refused_where_it_means_nothing(command, tiny_smt):
+    """Networks that know the times of training know no others."""
+    code, _, err = command(f"evaluate.py --ckpt {tiny_smt} --length 20")
+    assert code == 2 and "--length 20" in err and "--timestamps none" in err
