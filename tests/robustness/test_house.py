@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p
-         for p in [*ROOT.glob("*.py"), *ROOT.glob("sources/*.py")]}
+         for p in [*ROOT.glob("*.py"), *ROOT.glob("sources/*.py"), *ROOT.glob("figures/*.py")]}
 
 
 def imports(path):

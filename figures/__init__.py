@@ -1,0 +1,1 @@
+"""One function a figure of the paper; reproduce.py calls them."""

@@ -1,0 +1,121 @@
+"""The races on MNIST: every updater and every method in the same minutes, one core a run.
+
+    python reproduce.py race14                     # 14x14, 6 minutes a run
+    python reproduce.py race28 --only gru          # 28x28, 40 minutes a run, one updater
+
+Besides BPTT and SMT -> DMT, on the first seed, what could explain a result: DMT that crosses one
+update (--span 1, the paper's), DMT without labels (--lambda_mse 0), BPTT whose gradient crosses no
+more than DMT's does (--truncate) from scratch and after SMT, and all of BPTT after SMT. What
+starts from SMT has its minutes left over. Figures 4, 6 and 17 use these runs.
+"""
+import os
+import shutil
+
+from figures import style
+from figures.runs import Job, Lab, commit, log, scores, stored, table, train
+
+SMT_SHARE = 0.4   # of the minutes of a race; what follows SMT has the rest
+UPDATERS = ("transformer", "mlp", "gru")
+RACES = {
+    "race14": dict(minutes=6.0, n_test=2000, span=16, flags=dict(
+        smt=dict(dataset="mnist", image_size=14, n_val=100),
+        dmt=dict(n_val=100),
+        bptt=dict(n_val=100))),
+    # four times the pixels: a quarter of the batch fits into a step of the same length
+    "race28": dict(minutes=40.0, n_test=2000, span=32, flags=dict(
+        smt=dict(dataset="mnist", image_size=28, n_val=50, batch_size=6, fut_len=56, heads=56),
+        dmt=dict(n_val=50, batch_size=24),
+        bptt=dict(n_val=50, batch_size=12, eval_every=50, ckpt_every=25))),
+}
+# An updater's own flags, and rates that won against half and twice their value in short runs.
+NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
+RATES = {("bptt", "gru"): 5e-3, ("smt+bptt", "gru"): 4e-3}
+AFTER_SMT = 4e-3  # peak rate of BPTT that goes on from SMT: weights are there, a large one hurts
+EXTRA = "dmt-span1", "dmt-mse0", "truncated", "smt+truncated", "smt+bptt"
+
+
+def race_jobs(race: str, seeds=(0, 1), updaters=UPDATERS, extra: bool = True) -> list[Job]:
+    """All runs of a race, those that matter most first."""
+    r, jobs = RACES[race], []
+    for seed in seeds:
+        for rnn in updaters:
+            for method in ("bptt", "smt", "dmt"):
+                jobs.append(race_job(race, r, rnn, method, seed))
+    for rnn in updaters if extra else ():
+        jobs += [race_job(race, r, rnn, method, seeds[0]) for method in EXTRA]
+    return jobs
+
+
+def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
+    """One run: the method's flags, the updater's networks, its part of the minutes."""
+    name = lambda method: f"{race}-{rnn}-{method}-{seed}"
+    script = "smt" if method == "smt" else "dmt" if method.startswith("dmt") else "bptt"
+    own = {"dmt-span1": dict(span=1), "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]),
+           "dmt": dict(span=r["span"]), "truncated": dict(truncate=r["span"]),
+           "smt+truncated": dict(truncate=r["span"])}.get(method, {})
+    follows = script == "dmt" or method.startswith("smt+")
+    if method.startswith("smt+"):
+        own = own | dict(lr=AFTER_SMT)
+    elif not follows:  # the networks, and the task, which a run that follows has from SMT
+        task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
+        own = task | dict(rnn=rnn) | NETWORKS[rnn] | own
+    if (method, rnn) in RATES:
+        own = own | dict(lr=RATES[method, rnn])
+    share = SMT_SHARE if method == "smt" else 1 - SMT_SHARE if follows else 1
+    return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
+               dict(seed=seed), name("smt") if follows else "")
+
+
+def race(lab: Lab) -> tuple[str, str]:
+    """Ours: nats per test image of the RNN alone, in the same minutes."""
+    r = RACES[lab.name]
+    jobs = race_jobs(lab.name, lab.seeds or (0, 1)) if not lab.quick else \
+        race_jobs(lab.name, (0,), ("gru",))
+
+    def measure():
+        done = train(lab, jobs)
+        got = scores(lab, done, r["n_test"])
+        for job in jobs:
+            if job.name not in got:
+                continue
+            s, last = got[job.name], log(lab, job.name)[-1]
+            _, rnn, method = job.name.rsplit("-", 1)[0].split("-", 2)
+            seed = job.flags["seed"]
+            shutil.copy(os.path.join(lab.folder(job.name), "log.csv"),
+                        lab.out(f"{lab.name}-{rnn}-{method}-{seed}.csv"))
+            yield dict(rnn=rnn, method=method, seed=seed,
+                       minutes=r["minutes"] * (SMT_SHARE if method == "smt" else 1),
+                       smt_minutes=r["minutes"] * SMT_SHARE if job.after or method == "smt" else 0,
+                       steps=last["step"], tokens=last["tokens"], layers=last["layers"]) | \
+                {k: s[k] for k in ("n", "teacher", "one_step", "rollout", "stderr", "drift",
+                                   "one_step_drift", "kl", "variance")} | \
+                dict(commit=stored(lab, job.name, "finished.json")["commit"])
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, "", "nats per test image, the RNN alone")
+    for i, method in enumerate(style.METHODS):
+        shown = [(UPDATERS.index(row["rnn"]) + (i - 4) * 0.09, row["rollout"], row.get("stderr", 0))
+                 for row in rows if row["method"] == method]
+        if shown:
+            x, y, error = zip(*shown)
+            axes[0].errorbar(x, y, yerr=error, ls="", **style.of(method))
+    axes[0].set(xticks=range(3), xlim=(-0.5, 3.4))
+    axes[0].set_xticklabels(["Transformer", "MLP", "GRU"])
+    axes[0].legend(loc="upper right")
+    style.save(fig, lab.out(f"{lab.name}.png"))
+    return verdict(rows)
+
+
+def verdict(rows: list[dict]) -> tuple[str, str]:
+    """Updater by updater: BPTT against SMT -> DMT, the mean over seeds."""
+    told, wins = [], []
+    for rnn in UPDATERS:
+        mean = {}
+        for method in ("bptt", "dmt"):
+            got = [row["rollout"] for row in rows if (row["rnn"], row["method"]) == (rnn, method)]
+            mean[method] = sum(got) / len(got) if got else None
+        if None not in mean.values():
+            told.append(f"{rnn} {mean['dmt']:.1f} (BPTT {mean['bptt']:.1f})")
+            wins.append(mean["dmt"] < mean["bptt"])
+    said = "agrees" if wins and all(wins) else "disagrees" if wins and not any(wins) else "open"
+    return "SMT → DMT, nats per image: " + ", ".join(told), said
