@@ -29,19 +29,18 @@ from sample import draw_samples
 @dataclass(kw_only=True)
 class Config(flags.Config):
     ckpt: str = flag("checkpoint of smt.py (or of dmt.py) to start from; required", default="")
-    span: int = flag("updates that a gradient crosses; the paper: 1")
+    span: int = flag("updates in a row that a gradient crosses; the paper: 1")
     spans: int = flag("spans an optimiser step learns from")
     lambda_mse: float = flag("weight of Eq. 6, in units of the labels' variance")
     lambda_dec: float = flag("weight of the predictions, Eq. 2, read by the readout")
-    detach_dec: bool = flag("the gradient of the predictions stays in the readout")
-    futures: int = flag("spans whose last memory predicts its whole future")
+    detach_dec: bool = flag("predictions teach the readout alone; the paper: yes")
+    futures: int = flag("spans whose last memory must predict its future; the paper: 0")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
-    first: float = flag("part of the memories whose y_t the readout predicts; the paper: 0")
-    horizon: int = flag("updates the RNN runs alone, growing to this; 0 = the sequence")
-    sweeps: bool = flag("own memories by `horizon` sweeps over all times, not step by step")
-    tube: float = flag("error, in units of the variance, that puts the RNN back on its label; "
-                       "0 = never")
-    reuse: int = flag("times a round is learnt from before the RNN runs again")
+    first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
+    horizon: int = flag("updates the RNN runs alone; 0 = from 16 to all of them")
+    sweeps: bool = flag("find the own memories by sweeps over all times at once")
+    tube: float = flag("an error of so many variances puts the RNN on its label; 0 = never")
+    reuse: int = flag("times a round is learnt from; 0 = for one step, the paper")
 
 
 def horizon_at(progress: float, most: int) -> int:
@@ -56,7 +55,7 @@ def choose_spans(n: int, T: int, span: int, reuse: int, gen: torch.Generator) ->
     over an end is pushed inside. So every transition is learnt from, those near an end up to twice:
     there some tasks ask. `reuse` times, with another offset each time."""
     out = []
-    for _ in range(reuse):
+    for _ in range(max(1, reuse)):
         offset = torch.randint(min(span, T - span), (n, 1), generator=gen)
         t = 1 - offset + span * torch.arange(T // span + 2)                     # (n, many)
         b, inside = torch.arange(n)[:, None].expand_as(t), t < T
@@ -123,7 +122,7 @@ def main(argv) -> None:
     while run.unfinished():
         # a round: the RNN's own memories, and where the encoder says they should have been
         x, y = (v[:, :T] for v in task.batch(cfg.batch_size, run.gen))
-        horizon = horizon_at(run.progress, min(cfg.horizon or T, T))
+        horizon = min(cfg.horizon, T) or horizon_at(run.progress, T)
         with torch.no_grad(), autocast(device):
             labels = encoder(x, times)                                          # (B, T, K, d)
             own = rnn.own_memories(labels, x, times, horizon, run.gen, cfg.sweeps, tube)
@@ -132,7 +131,8 @@ def main(argv) -> None:
 
         # the steps that learn from it: random spans, in parallel over time
         todo = choose_spans(len(x), T, cfg.span, cfg.reuse, run.gen).to(device)
-        for pick in todo[:max(1, len(todo) // cfg.spans) * cfg.spans].split(cfg.spans):
+        steps = max(1, len(todo) // cfg.spans) if cfg.reuse else 1
+        for pick in todo[:steps * cfg.spans].split(cfg.spans):
             run.set_learning_rate()
             with autocast(device):
                 losses = objective(rnn, heads, own, labels, x, y, *pick.unbind(1), variance, cfg,

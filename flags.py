@@ -48,33 +48,32 @@ class Config(Options):
     dataset: str = flag(", ".join(datasets.OPTIONS), "task", tuple(datasets.OPTIONS), "glyphs")
 
     rnn: str = flag("updater of the RNN", "networks", sorted(UPDATERS))
-    encoder: str = flag("attention pattern of the encoder", "networks",
-                        ("bidirectional", "causal"))
+    encoder: str = flag("bidirectional: the paper's; causal: all in one pass",
+                        "networks", ("bidirectional", "causal"))
     d_model: int = flag("width of all streams", "networks")
     n_heads: int = flag("H: attention heads", "networks")
-    head_dim: int = flag("width of a head; 0 = d / H", "networks")
+    head_dim: int = flag("width of a head; 0 = d_model / H", "networks")
     mem_tokens: int = flag("K: memory tokens", "networks")
     enc_layers: int = flag("layers of the encoder", "networks")
     dec_layers: int = flag("layers of the decoder and the readout", "networks")
     rnn_layers: int = flag("layers of the updater", "networks")
-    ctx_len: int = flag("Tc: most tokens the encoder reads; 0 = the sequence", "networks")
-    fut_len: int = flag("Tf: future outputs the decoder predicts; 0 = the sequence", "networks")
+    ctx_len: int = flag("Tc: the encoder reads so many tokens at most; 0 = all", "networks")
+    fut_len: int = flag("Tf: the decoder predicts so many outputs; 0 = the sequence", "networks")
     mem_dim: int = flag("d: width of a memory token; 0 = d_model", "networks")
-    heads: int = flag("F: next targets that linear heads predict; 0 = no heads, the paper",
-                      "networks")
-    timestamps: str = flag("who is told the time of tokens, in tasks of one length", "networks",
+    heads: int = flag("F: linear heads predict the next F targets; 0 = none", "networks")
+    timestamps: str = flag("who is told the time of a token, in tasks of one length", "networks",
                            ("all", "encoder", "none"))
 
     preset: str = flag("sizes and recipe; empty = gpu on CUDA, else laptop", "method",
                        tuple(presets.PRESETS), "")
     seed: int = flag("seed of weights and batches", default=0)
     batch_size: int = flag("sequences a step")
-    optimizer: str = flag("muon for matrices and AdamW for the rest, or adamw for all",
+    optimizer: str = flag("muon: for matrices, AdamW for the rest; adamw: for all",
                           choices=("muon", "adamw"))
-    lr: float = flag("peak learning rate; adamw wants about a quarter of muon's")
-    warmup: int = flag("steps of linear warm-up")
-    decay: bool = flag("cosine decay of the learning rate to 5 %% of its peak")
-    ema: float = flag("decay of the averaged weights, which are evaluated and saved; 0 = none")
+    lr: float = flag("highest learning rate; adamw wants a quarter of muon's")
+    warmup: float = flag("steps of linear warm-up; below 1: a part of the run")
+    decay: float = flag("the rate falls along a cosine to this part of lr; 1 = it stays")
+    ema: float = flag("average the weights with this decay; 0 = keep the newest")
     compile: bool = flag("torch.compile the Transformer blocks", default=False)
 
     steps: int = flag("length of the run in optimiser steps; 0 = no limit", "run")
@@ -84,7 +83,7 @@ class Config(Options):
                              default=0.0)
     device: str = flag("auto, cpu, cuda, cuda:1, mps ...", "run", default="auto")
     threads: int = flag("CPU threads; 0 = torch's choice", "run", default=0)
-    data_dir: str = flag("where data files are or go; $SMT_DATA_DIR changes the default", "run",
+    data_dir: str = flag("where the data files are; or set $SMT_DATA_DIR", "run",
                          default=os.environ.get("SMT_DATA_DIR", "data"))
     out_dir: str = flag("where the run writes; empty = runs/<script>-<dataset>", "run", default="")
     log_every: int = flag("steps between log lines", "run")
@@ -228,8 +227,8 @@ def stored_run(script: str, out_dir: str, given: dict, fields: dict) -> dict:
 def refuse_nonsense(cfg) -> None:
     """Refuse values no run can mean. Raises UserError naming the flag."""
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size "
-                          "n_val log_every span spans reuse micro".split(), 1)
-    most = dict(threads=MOST_THREADS, first=1, ema=1,
+                          "n_val log_every span spans micro".split(), 1)
+    most = dict(threads=MOST_THREADS, first=1, ema=1, decay=1,
                 enc_layers=1000, dec_layers=1000, rnn_layers=1000,
                 d_model=10 ** 6, mem_tokens=10 ** 6, mem_dim=10 ** 6)
     for name, value in vars(cfg).items():

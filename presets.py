@@ -32,7 +32,7 @@ PRESETS["laptop"] = {
     "optimizer": "muon",
     "lr":                (5e-3,         4e-3,         1e-2),
     "warmup":            (50,           30,           50),
-    "decay": True,
+    "decay": 0.05,
     "ema": 0.99,
     "batch_size":        (12,           96,           24),
 
@@ -102,8 +102,8 @@ PRESETS["paper"] = {
     "ema": 0.0,
     #                     SMT           DMT           BPTT
     "lr":                (3e-4,         3e-5,         3e-4),
-    "warmup":            (1500,         15,           1500),
-    "decay":             (False,        True,         False),
+    "warmup": 0.01,
+    "decay":             (1.0,          0.0,          1.0),
     "batch_size":        (128,          32,           128),
     "lambda_dyn":        (0.1,          _,            _),
     "lambda_mse":        (_,            10.0,         _),
@@ -111,14 +111,15 @@ PRESETS["paper"] = {
     "times":             (2,            _,            _),
     "rnn_batch":         (0,            _,            _),
     "decode_own":        (False,        _,            _),
-    "first":             (0.0,          0.0,          _),
-    "futures":           (32,           4096,         _),  # of a micro-batch; of a step
+    "first":             (0.0,          1.0,          _),
+    "futures":           (32,           0,            _),  # of a micro-batch: one a sequence
     "lambda_fut":        (1.0,          1.0,          _),
     "horizon":           (1,            256,          _),
     "micro":             (4,            _,            _),
     "span":              (_,            1,            _),
-    "spans":             (_,            4096,         _),
-    "reuse":             (_,            1,            _),
+    # a fresh batch every step; of its 32 * 256 updates one in 16 has a label
+    "spans":             (_,            512,          _),
+    "reuse":             (_,            0,            _),
     "steps":             (150_000,      1500,         150_000),
     "minutes": 0.0,
     "log_every": 50,
@@ -154,9 +155,15 @@ KINDS["laptop", "synthetic"] = {
     "lr":                (_,            _,            2e-3),
     "tube":              (_,            0.5,          _),
 }
-KINDS["paper", "synthetic"] = {  # the paper trains many memories of each sequence here
-    "times":             (8,            _,            _),
-    "micro":             (1,            _,            _),
+KINDS["paper", "mnist"] = {
+    "levels": 256,
+}
+KINDS["paper", "text"] = {  # Tc + Tf: a full context and a full future
+    "length": 320,
+}
+KINDS["paper", "synthetic"] = {  # here the paper trains all memories of a sequence
+    "times":             (0,            _,            _),
+    "futures":           (1_000_000,    _,            _),  # of all memories there are
 }
 
 

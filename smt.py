@@ -29,16 +29,15 @@ class Config(flags.Config):
     lambda_dec: float = flag("weight of the predictions, Eq. 2")
     lambda_dyn: float = flag("weight of the one-step dynamics loss, Eq. 3")
     lambda_unif: float = flag("weight of the uniformity loss, Eq. 4")
-    detach_rnn: bool = flag("the RNN does not shape the memories: no gradient to the encoder")
-    times: int = flag("consecutive times whose memories a step makes; 0 = all; the paper: 2")
-    rnn_batch: int = flag("sequences of the batch that the RNN learns from; 0 = all")
-    decode_own: bool = flag("what the RNN made must predict, too; the paper: no")
-    horizon: int = flag("on-policy transitions, after up to so many updates alone (grows to it; "
-                        "0 = the sequence); the paper: 1, none")
-    futures: int = flag("memories whose whole future the decoder predicts")
+    detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
+    times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
+    rnn_batch: int = flag("the RNN learns from so many sequences of a batch; 0 = all")
+    decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
+    horizon: int = flag("learn also after so many updates alone; 0 = all; the paper: 1")
+    futures: int = flag("memories that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
-    first: float = flag("part of the memories whose y_t the decoder predicts; the paper: 0")
-    micro: int = flag("micro-batches a step, each with times of its own")
+    first: float = flag("part of the memories that must predict y_t alone; the paper: 0")
+    micro: int = flag("parts of a batch; each has times of its own")
 
 
 def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
@@ -136,6 +135,8 @@ def main(argv) -> None:
     trained = [teacher, [*rnn.updater.parameters()]]
     # a causal encoder makes labels for t < Tc alone
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
+    if cfg.times and not task.timestamps:  # a text goes on behind its window: draw times whose
+        T = max(2, T - c.fut_len + 1)      # whole future lies inside
 
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)
     while run.unfinished():

@@ -218,9 +218,11 @@ class Run:
     # --------------------------------------------------------------------------------- one step
 
     def set_learning_rate(self) -> None:
-        scale = min(1.0, (self.step + 1) / max(1, self.cfg.warmup))
-        if self.cfg.decay:  # to 5 %, not to 0: the last minutes shall still learn something
-            scale *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.progress))
+        c, cosine = self.cfg, 0.5 * (1 + math.cos(math.pi * self.progress))
+        total = c.steps or (self.step + 1) / max(self.progress, 1e-6)  # a clock: a guess
+        warmup = c.warmup if c.warmup >= 1 else c.warmup * total
+        scale = min(1.0, (self.step + 1) / max(1, warmup))  # step + 1: at rate 0 a step is lost
+        scale *= c.decay + (1 - c.decay) * cosine
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.cfg.lr * scale
 

@@ -137,7 +137,7 @@ BAD = [  # command, what its one line must mention
     ("smt.py --out_dir runs/smt --resume --d_model 32", "--d_model"),
     ("smt.py --out_dir runs/smt --resume --length 9", "--length"),
     ("smt.py --out_dir runs/smt --resume --dataset glyphs", "--dataset"),
-    ("smt.py --out_dir runs/smt --resume --no-decay", "--decay"),
+    ("smt.py --out_dir runs/smt --resume --decay 1", "--decay"),
     ("smt.py --ckpt runs/smt/ckpt.pt", "--ckpt"),  # the flag is another script's
     ("dmt.py {RUN}", "--ckpt"),
     ("dmt.py {RUN} --ckpt nowhere.pt", "nowhere.pt"),
@@ -151,7 +151,8 @@ BAD = [  # command, what its one line must mention
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --horizon -1", "--horizon"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --span 0", "--span"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --spans 0", "--spans"),
-    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --reuse 0", "--reuse"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --reuse -1", "--reuse"),
+    ("smt.py {TINY} --decay 1.5", "--decay"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --first 2", "--first"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --lambda_mse inf", "--lambda_mse"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --heads 3", "--heads"),
@@ -401,7 +402,7 @@ def distance(a, b):
 
 
 # "a + b": what b changes on top of a.
-SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --no-decay | --lambda_dec 2 | "
+SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --decay 1 | --lambda_dec 2 | "
        "--lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --times 4 | --rnn_batch 2 | "
        "--no-decode_own | --first 0.7 | --futures 3 | --lambda_fut 3 | --horizon 1 | "
        "--horizon 3 | --heads 0 | --heads 2 | --mem_dim 12 | --timestamps none | "
@@ -411,7 +412,7 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --no-decay | --lamb
        "--rnn gru | --ema 0.05 | --optimizer adamw | --length 9 | --symbols 4 | --noise 0.9 | "
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
-       "--lambda_mse 5 | --span 1 | --spans 5 | --reuse 3 | --first 0.7 | --futures 3 | "
+       "--lambda_mse 5 | --span 1 | --spans 5 | --reuse 3 | --reuse 0 | --first 0.7 | --futures 3 | "
        "--lambda_fut 3 | --ema 0.05 | --tube 0 + --tube 0.1 | --tube 0 + --horizon 1 | "
        "--tube 0 --horizon 3 + --sweeps").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
