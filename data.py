@@ -1,6 +1,7 @@
 """Every dataset and task behind one small interface: `load(name, ...)` returns a `Data`.
 
-    python data.py stack --depth 3                  # look before you train: what it is, examples
+    python data.py                       # the list
+    python data.py stack --depth 3       # look before you train: what it is, examples
 
 A sequence is a pair (x, y) of equal length T. x holds input ids and always starts with BOS; y_t is
 the target after x_0..x_t has been read, -1 where there is none.
@@ -11,7 +12,7 @@ the target after x_0..x_t has been read, -1 where there is none.
                         primacy     endless, with exact Bayes optima; the first five in two variants
 
 To add one: write a function that returns a `Data` (for pictures `images.image_data` does it), give
-it a line in OPTIONS and one in `load`; a new option wants a line in HELP.
+it a line in OPTIONS, in ABOUT and in `load`; a new option wants a line in HELP.
 """
 import argparse
 import os
@@ -42,6 +43,25 @@ OPTIONS = {
     "permutation": dict(length=32, items=5),
     "recency": dict(length=64, symbols=8, gamma=0.5),
     "primacy": dict(length=64, symbols=8, gamma=0.5),
+}
+ABOUT = {  # what a token is, and what is asked
+    "glyphs": "a pixel of a digit in matplotlib's fonts; nothing to download",
+    "mnist": "a pixel of a handwritten digit",
+    "sketchy": "a pixel of a drawing of the Sketchy Database, which you unpack yourself",
+    "images": "a pixel of the pictures in a folder of yours (--data_dir)",
+    "tinystories": "a byte of simple stories; the end of a story is a byte, too",
+    "shakespeare": "a byte of Shakespeare's plays",
+    "pydoc": "a byte of Python's help topics; nothing to download",
+    "text": "a byte of a text of yours (--data_file)",
+    "retrieval": "symbols; at the end, which one came after the marker?",
+    "copy": "a string of symbols; then say it backwards",
+    "stack": "pushes and pops; what does a pop take away?",
+    "recall": "pairs of a key and a value; then one key, and what was its value?",
+    "modular": "pairs of x and y = w x + b (mod p); what is the next y?",
+    "parity": "bits; at every step, is the number of ones odd?",
+    "permutation": "swaps and rotations; at every step, in which order do the things lie?",
+    "recency": "symbols; at every step one of the past, mostly a late one",
+    "primacy": "symbols; at every step one of the past, mostly an early one",
 }
 HELP = {
     "image_size": "pixels a side",
@@ -157,9 +177,9 @@ def refuse_foreign_options(dataset, given) -> None:
 def main(argv):
     dataset = next((word for word in argv if word in OPTIONS), None)
     p = parser("data.py", __doc__)
-    p.usage = "python data.py dataset [flags]"
-    p.add_argument("dataset", choices=OPTIONS, metavar="dataset",
-                   help=f"what to look at: {', '.join(OPTIONS)}; with --help its options are shown")
+    p.usage = "python data.py [dataset] [flags]"
+    p.add_argument("dataset", nargs="?", choices=OPTIONS, metavar="dataset",
+                   help="what to look at; left out: the list; --help shows its options")
     p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"),
                    help="where the files are (default: %(default)s)")
     p.add_argument("--out", default="preview.png",
@@ -169,6 +189,9 @@ def main(argv):
     add_options(p, dataset)
     given = vars(p.parse_args(argv))
     name, n = given["dataset"], given["n"]
+    if name is None:
+        print("\n".join(f"{name:12} {about}" for name, about in ABOUT.items()))
+        return
     demand("n", n, 0, 10_000)
     refuse_foreign_options(name, given)
     d = load(name, given["data_dir"], **{k: v for k, v in given.items() if k in OPTIONS[name]})

@@ -518,7 +518,13 @@ def test_look_at_pictures(command, tmp_path):
         and (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("line, word", [("data.py", "dataset"), ("data.py cifar", "cifar"),
+def test_the_list_names_every_dataset(command):
+    """One line each, in the order of the options."""
+    code, out, _ = command("data.py")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(data.OPTIONS)
+
+
+@pytest.mark.parametrize("line, word", [("data.py cifar", "cifar"),
                                         ("data.py stack --keys 3", "--keys"),
                                         ("data.py stack --depth 0", "--depth"),
                                         ("data.py stack --n -1", "--n"),
