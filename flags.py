@@ -77,8 +77,8 @@ class Config(Options):
     compile: bool = flag("torch.compile the Transformer blocks", default=False)
 
     steps: int = flag("length of the run in optimiser steps; 0 = no limit", "run")
-    minutes: float = flag("its length in minutes, all resumes together (of the processor, with "
-                          "--threads 1 on a CPU); 0 = no limit", "run")
+    minutes: float = flag("its length in minutes, all resumes together, of processor time if "
+                          "one CPU thread runs; 0 = no limit", "run")
     stop_after: float = flag("end this call after so many minutes, resumable; 0 = never", "run",
                              default=0.0)
     device: str = flag("auto, cpu, cuda, cuda:1, mps ...", "run", default="auto")
