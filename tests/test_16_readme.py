@@ -1,5 +1,6 @@
 """Lesson: the README tells the truth. Its commands run, in its order, at tiny size; its Python and
 its map are checked."""
+import dataclasses
 import gzip
 import os
 import re
@@ -7,11 +8,14 @@ import shlex
 import struct
 
 import pytest
+import tiny
 import torch
 
 import bptt
 import dmt
 import evaluate
+import flags
+import model
 import sample
 import smt
 import transformer
@@ -106,3 +110,119 @@ def test_map_points_at_code():
         source = open(os.path.join(ROOT, file)).read()
         assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b", source,
                          re.M), f"{file} has no {name}"
+
+
+# ------------------------------------------------------------------------------- paper, code, lesson
+
+def test_map_covers_the_paper():
+    """Each equation, m_0, DMT and BPTT has a place in the code and a lesson that proves it."""
+    rows = [line.split("|")[1:4] for line in README.splitlines() if "`tests/test_" in line]
+    for words in ("Eq. 1", "Eq. 2", "Eq. 3", "Eq. 4", "Eq. 5", "Eq. 6", "m_0", "DMT", "BPTT"):
+        found = [(code, lesson) for paper, code, lesson in rows if words in paper]
+        assert found and all(".py` `" in code and "` `test_" in lesson for code, lesson in found), \
+            words
+
+
+def test_what_must_be_read_is_counted():
+    """The number of lines is that of the named files, to a tenth."""
+    said = re.search(r"\*\*What must I read\?\*\*(.*?)about ([\d,]+) lines", README, re.S)
+    files = re.findall(r"`(\w+\.py)`", said[1])
+    assert "model.py" in files and "smt.py" in files
+    lines = sum(len(open(os.path.join(ROOT, f)).readlines()) for f in files)
+    assert abs(lines - int(said[2].replace(",", ""))) < 0.1 * lines
+
+
+def test_first_screen():
+    """The first command by line 25, all of it in 170 lines."""
+    lines = README.splitlines()
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("python ")) <= 25
+    assert len(lines) <= 170
+
+
+def test_links_lead_somewhere():
+    """Files and headings that README and results/paper point at exist."""
+    for page in ("README.md", "results/paper/README.md", "results/data.md"):
+        text = open(os.path.join(ROOT, page)).read()
+        for path, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+            target = os.path.join(ROOT, os.path.dirname(page), path) if path else \
+                os.path.join(ROOT, page)
+            assert os.path.exists(target), path
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", open(target).read(), re.M)
+                slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+                assert anchor in slugs, anchor
+
+
+# ------------------------------------------------------------------------------ what differs from it
+
+LISTED = "encoder timestamps heads".split()  # of the networks' flags; the others are sizes
+
+
+def resolved(script, preset, dataset="mnist"):
+    return vars(flags.config(script.__name__, script.Config, preset, dataset))
+
+
+def differing(script):
+    """Flags of the method, not sizes and lengths, whose value is not the paper preset's."""
+    ours, paper = resolved(script, "laptop"), resolved(script, "paper")
+    names = [f.name for f in dataclasses.fields(script.Config)
+             if f.metadata["group"] == "method" or f.name in LISTED and script is smt]
+    return {n for n in names if ours[n] != paper[n]} - {"preset"}
+
+
+def rows_of_the_list():
+    page = open(os.path.join(ROOT, "results", "paper", "README.md")).read()
+    cells = [[c.strip() for c in line.split("|")[1:6]] for line in page.splitlines()
+             if line.startswith("| `--")]
+    return {row[0].strip("`-"): row[1:] for row in cells}
+
+
+def test_list_of_deviations_is_complete():
+    """Every flag by which the default differs from `paper` is in the table and in the README."""
+    listed = rows_of_the_list()
+    section = README[README.index("## Where we differ"):README.index("## Troubleshooting")]
+    for script, columns in ((smt, slice(0, 2)), (dmt, slice(2, 4))):
+        assert {n for n, row in listed.items() if any(row[columns])} == differing(script)
+    assert all(f"`--{name}`" in section for name in listed), set(listed)
+    known = {f.name for script in (smt, dmt) for f in dataclasses.fields(script.Config)}
+    assert set(re.findall(r"`--(\w+)", section)) <= known  # and no flag of old
+
+
+@pytest.mark.parametrize("name", rows_of_the_list())
+def test_values_of_the_list(name):
+    """A row's values are those that the scripts resolve."""
+    row = iter(rows_of_the_list()[name])
+    for script in (smt, dmt):
+        for preset in ("laptop", "paper"):
+            cell = next(row)
+            assert cell == "" or cell == str(resolved(script, preset)[name])
+
+
+def test_numbers_in_the_text():
+    """The span, the sizes of the presets, and what other data have."""
+    span = resolved(dmt, "laptop")["span"]
+    length = resolved(smt, "laptop")["image_size"] ** 2
+    assert f"at most S = {span} of {length} updates" in README.replace("\n", " ")
+    for preset in ("laptop", "gpu", "paper"):
+        c = resolved(smt, preset)
+        sizes = f"d {c['d_model']}, K {c['mem_tokens']}, " \
+                f"{c['enc_layers']} + {c['dec_layers']} + {c['rnn_layers']} layers"
+        assert re.search(rf"`{preset}` \|[^|]*\| {re.escape(sizes)} ", README), sizes
+    tube = resolved(dmt, "laptop", "retrieval")["tube"]
+    page = open(os.path.join(ROOT, "results", "paper", "README.md")).read()
+    assert f"`--tube {tube}`" in page and resolved(dmt, "laptop")["tube"] == 0
+    paper = resolved(smt, "paper")
+    assert f"{paper['batch_size'] // paper['micro']} sequences of a `paper` step" in README
+
+
+def test_what_no_flag_changes():
+    """The other list: no gains, no biases, embeddings of one's own, all dimensions turned, memories
+    of root-mean-square 1."""
+    encoder, decoder, rnn = tiny.networks(timestamps="none")
+    for net in (encoder, decoder, rnn):
+        for name, p in net.named_parameters():
+            assert p.ndim == 2, f"{name} is a gain or a bias"
+    tables = [net.event.symbol.weight for net in (encoder, decoder, rnn.updater)]
+    assert len({t.data_ptr() for t in tables}) == 3
+    cos, _ = model.rope(torch.tensor([1]), 8)
+    assert cos.shape == (1, 4) and (cos < 1).all()  # four pairs: eight of eight dimensions
