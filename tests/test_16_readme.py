@@ -112,7 +112,7 @@ def test_map_points_at_code():
                          re.M), f"{file} has no {name}"
 
 
-# ------------------------------------------------------------------------------- paper, code, lesson
+# ----------------------------------------------------------------------------- paper, code, lesson
 
 def test_map_covers_the_paper():
     """Each equation, m_0, DMT and BPTT has a place in the code and a lesson that proves it."""
@@ -153,7 +153,7 @@ def test_links_lead_somewhere():
                 assert anchor in slugs, anchor
 
 
-# ------------------------------------------------------------------------------ what differs from it
+# ----------------------------------------------------------------------------- what differs from it
 
 LISTED = "encoder timestamps heads".split()  # of the networks' flags; the others are sizes
 
