@@ -94,18 +94,18 @@ class Config(Options):
     overwrite: bool = flag("replace the run in out_dir", "run", default=False)
 
 
-def kinds(dataset: str) -> tuple:
-    """The names under which presets.KINDS knows a dataset."""
+def kinds(dataset: str, rnn: str = "") -> tuple:
+    """The names under which presets.KINDS knows a dataset and an updater."""
     if dataset in datasets.TRACKING:
-        return "synthetic", "tracking"
-    return ("synthetic",) if dataset in datasets.SYNTHETIC else \
-        ("text",) if dataset in datasets.TEXTS else (dataset,)
+        return "synthetic", "tracking", rnn
+    return ("synthetic", rnn) if dataset in datasets.SYNTHETIC else \
+        ("text", rnn) if dataset in datasets.TEXTS else (dataset, rnn)
 
 
 def config(script: str, Flags, preset="laptop", dataset="glyphs", recipe=None, **changes):
     """A Flags, which is a Config, from a preset's recipe for the dataset, and `changes`."""
     recipe = recipe or functools.partial(presets.recipe, script)
-    values = recipe(preset, kinds(dataset)) | dict(preset=preset, dataset=dataset) | changes
+    values = recipe(preset, kinds(dataset, changes.get("rnn"))) | dict(preset=preset, dataset=dataset) | changes
     names = [f.name for f in dataclasses.fields(Flags)]
     cfg = Flags(**{k: v for k, v in values.items() if k in names})
     cfg.data_dir = os.path.abspath(cfg.data_dir)  # a checkpoint may be used from another folder
@@ -162,7 +162,7 @@ def read(script: str, fields: dict, argv, doc: str, recipe) -> dict:
         preset = "laptop"  # the parser refuses it below
     options = datasets.OPTIONS.get(dataset, {})
     defaults = {f.name: f.default for f in fields.values()} | options | \
-        recipe(preset, kinds(dataset))
+        recipe(preset, kinds(dataset, named(argv, "--rnn", "")))
     p = parser(f"{script}.py", doc)
     groups = {name: p.add_argument_group(name, about.format(preset, dataset))
               for name, about in GROUPS.items()}

@@ -127,7 +127,8 @@ PRESETS["paper"] = {
     "ckpt_every": 1000,
 }
 
-# What differs for a dataset, or for "text", "synthetic" and, of the synthetic tasks, "tracking".
+# What differs for a dataset, or for "text", "synthetic" and, of the synthetic tasks, "tracking"; or
+# for an updater.
 # From top to bottom; "any" stands for every preset.
 KINDS = {}
 KINDS["laptop", "mnist"] = {
@@ -166,9 +167,26 @@ KINDS["paper", "synthetic"] = {  # here the paper trains all memories of a seque
     "futures":           (1_000_000,    _,            _),  # of all memories there are
 }
 
+# MLP and GRU read the memory as one vector, and a matrix of K d x K d has 17 million entries for the
+# Transformer's memory. With these widths all updaters have about the same number of parameters.
+KINDS["gpu", "mlp"] = {
+    "mem_dim": 52,
+    "rnn_layers": 2,
+}
+KINDS["gpu", "gru"] = {
+    "mem_dim": 84,
+}
+KINDS["paper", "mlp"] = {
+    "mem_dim": 60,
+    "rnn_layers": 2,
+}
+KINDS["paper", "gru"] = {
+    "mem_dim": 96,
+}
+
 
 def recipe(method: str, preset: str, kinds: tuple = ()) -> dict:
-    """The flags of a method, by name, for a dataset that is of these kinds."""
+    """The flags of a method, by name, for a dataset and an updater of these kinds."""
     blocks = [PRESETS["laptop"], PRESETS[preset]]
     blocks += [block for (where, kind), block in KINDS.items()
                if where in ("any", preset) and kind in kinds]

@@ -1,4 +1,5 @@
 """Lesson: `--preset paper` is the paper's recipe. Its numbers, its schedule, its rounds."""
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import bptt
 import data
 import dmt
 import flags
+import model
 import smt
 import trainer
 
@@ -148,6 +150,31 @@ def test_horizon_of_the_paper_does_not_grow(monkeypatch, tmp_path, tiny_smt):
                   "--steps 4 --eval_every 0 --n_val 2 --threads 1 --device cpu".split(),
                   "--out_dir", str(out)])
         assert len(horizons) == 4 and set(horizons) == expected
+
+
+@pytest.mark.parametrize("preset", ["gpu", "paper"])
+@pytest.mark.parametrize("rnn", ["mlp", "gru"])
+def test_updaters_of_one_size(preset, rnn):
+    """With the large presets the three updaters have the same number of parameters, to a tenth."""
+    def size(rnn):
+        cfg = flags.config("smt", smt.Config, preset, "mnist", rnn=rnn)
+        names = [f.name for f in dataclasses.fields(model.ModelConfig)]
+        sizes = {k: v for k, v in vars(cfg).items() if k in names}
+        with torch.device("meta"):
+            net = model.UPDATERS[rnn](model.ModelConfig(vocab=257, n_out=256, T=784, **sizes))
+        return sum(p.numel() for p in net.parameters())
+
+    assert size(rnn) == pytest.approx(size("transformer"), rel=0.1)
+
+
+def test_an_updater_brings_its_width(command, monkeypatch):
+    """On the command line, in the help, and not over a width that is given."""
+    parse = lambda *argv: flags.parse("smt", smt.Config, [*argv, "--preset", "gpu"], "")[0]
+    monkeypatch.setattr(flags, "pick_device", lambda name: "cpu")
+    assert parse("--rnn", "gru").mem_dim == 84 and parse().mem_dim == 0
+    assert parse("--rnn", "gru", "--mem_dim", "32").mem_dim == 32
+    _, out, _ = command("smt.py --preset gpu --rnn=gru --help")
+    assert "--mem_dim int" in out and "(default: 84)" in out
 
 
 def test_every_dataset_has_a_recipe():
