@@ -105,7 +105,8 @@ def kinds(dataset: str, rnn: str = "") -> tuple:
 def config(script: str, Flags, preset="laptop", dataset="glyphs", recipe=None, **changes):
     """A Flags, which is a Config, from a preset's recipe for the dataset, and `changes`."""
     recipe = recipe or functools.partial(presets.recipe, script)
-    values = recipe(preset, kinds(dataset, changes.get("rnn"))) | dict(preset=preset, dataset=dataset) | changes
+    values = recipe(preset, kinds(dataset, changes.get("rnn")))
+    values |= dict(preset=preset, dataset=dataset) | changes
     names = [f.name for f in dataclasses.fields(Flags)]
     cfg = Flags(**{k: v for k, v in values.items() if k in names})
     cfg.data_dir = os.path.abspath(cfg.data_dir)  # a checkpoint may be used from another folder
