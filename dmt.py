@@ -102,16 +102,24 @@ def demand_teacher(ckpt: dict | None) -> None:
              "give one of smt.py")
 
 
+def teacher_and_rnn(ckpt: dict, device: str) -> tuple[dict, list]:
+    """Networks of a checkpoint by name, the teacher frozen, and the parameters that DMT trains."""
+    names = [name for name in ("encoder", "decoder", "rnn", "heads") if name in ckpt]
+    nets = {name: net.to(device) for name, net in zip(names, build(ckpt, *names))}
+    rnn = nets["rnn"]
+    for p in (*nets["encoder"].parameters(), *nets["decoder"].parameters(), rnn.m0):
+        p.requires_grad_(False)  # the teacher stays as it is
+    # One group: the paper clips the gradients of updater and readout together.
+    trained = [rnn.updater, rnn.readout, *(net for name, net in nets.items() if name == "heads")]
+    return nets, [[p for net in trained for p in net.parameters()]]
+
+
 def main(argv) -> None:
     cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
     demand_teacher(ckpt)
     device, task = trainer.setup(cfg, ckpt)
-    names = [name for name in ("encoder", "decoder", "rnn", "heads") if name in ckpt]
-    nets = {name: net.to(device) for name, net in zip(names, build(ckpt, *names))}
+    nets, trained = teacher_and_rnn(ckpt, device)
     encoder, decoder, rnn, heads = (nets.get(k) for k in ("encoder", "decoder", "rnn", "heads"))
-    for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
-        p.requires_grad_(False)  # the teacher stays as it is
-    trained = [[p for net in (rnn.updater, rnn.readout, heads) if net for p in net.parameters()]]
     c = rnn.c
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T
     times, cfg.span = torch.arange(T), min(cfg.span, T - 1)

@@ -167,8 +167,8 @@ KINDS["paper", "synthetic"] = {  # here the paper trains all memories of a seque
     "futures":           (1_000_000,    _,            _),  # of all memories there are
 }
 
-# MLP and GRU read the memory as one vector, and for the Transformer's memory one matrix of K d x K d
-# has 17 million entries. With these widths all updaters have about the same number of parameters.
+# MLP and GRU read the memory as one vector; one matrix from it to itself would have 17 million
+# entries. With these widths all updaters have about the same number of parameters.
 KINDS["gpu", "mlp"] = {
     "mem_dim": 52,
     "rnn_layers": 2,
