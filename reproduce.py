@@ -23,7 +23,7 @@ import evaluate
 import flags
 import smt
 from console import cli, demand, fail, parser
-from figures import races
+from figures import cost, credit, inside, ours, pictures, races, tasks, text
 from figures.runs import Lab, Planned, Stopped, commit, finished, read_csv, say, write_csv
 from model import CheckpointError
 from sources.files import UserError, written_whole
@@ -31,10 +31,51 @@ from sources.files import UserError, written_whole
 SCRIPTS = dict(smt=smt.main, dmt=dmt.main, bptt=bptt.main, evaluate=evaluate.main)
 # name -> (what the paper claims, what we run, the function that does it)
 FIGURES = {
-    "race14": ("MNIST 14×14: SMT → DMT draws and predicts better than BPTT",
+    "tab1": ("a step of SMT is flat in T, BPTT's grows; an RNN's token costs the same at any T",
+             "steps of the shipped scripts at T = 64 to 1024 and single tokens at T = 1k to 16k, "
+             "about 5 minutes", cost.tab1),
+    "fig3": ("SMT → DMT beats BPTT on five synthetic tasks and all settings",
+             "five tasks, three difficulties, GRU, equal minutes, two seeds", tasks.fig3),
+    "fig4": ("MNIST: BPTT draws streaks, SMT → DMT digits",
+             "14×14, the runs of race14 and the same with AdamW", pictures.fig4),
+    "fig5": ("Sketchy: SMT → DMT draws strokes", "32×32, GRU, equal minutes", pictures.fig5),
+    "fig6": ("SMT needs far fewer layers in a row than BPTT for the same loss",
+             "logs of race14 and of the same on TinyStories", cost.fig6),
+    "fig7": ("the RNN gains smoothly with Tc and with the size of its memory",
+             "TinyStories, GRU, windows of 128 bytes", text.fig7),
+    "fig8": ("it gains smoothly with width and depth, and follows its teacher more closely",
+             "TinyStories, GRU and Transformer", text.fig8),
+    "fig9": ("for a fixed loss more compute buys a smaller memory", "the logs of fig7", text.fig9),
+    "fig10": ("detached SMT needs Tf = T, joint SMT solves the task with any Tf",
+              "retrieval, T = 16, the paper's SMT alone, 250 to 2000 steps", credit.fig10),
+    "fig11": ("BPTT's gradient vanishes or explodes with the initialisation, SMT's is flat",
+              "retrieval, T = 64, networks as initialised", credit.fig11),
+    "fig12": ("DMT cuts drift and improves the loss for all λ_dyn",
+              "TinyStories, GRU, five values", text.fig12),
+    "fig13": ("stack: longer than in training the RNN holds and the teacher does not",
+              "stack without timestamps, T = 64, tested up to 512", tasks.fig13),
+    "fig14": ("small memories: a few states for retrieval, a tree for copy",
+              "retrieval and copy with a memory of three numbers", inside.fig14),
+    "fig16": ("λ_dyn and λ_unif matter little over a wide range",
+              "TinyStories, GRU, SMT alone", text.fig16),
+    "fig17": ("MNIST 28×28: BPTT draws streaks, SMT → DMT digits",
+              "the runs of race28 and the same with AdamW; a GPU would help", pictures.fig17),
+    "fig18": ("Sketchy, more samples", "the runs of fig5", pictures.fig18),
+    "fig19": ("memories as colours follow the image", "a run of race14", inside.fig19),
+    "fig20": ("the RNN completes images from growing prefixes", "a run of race14", pictures.fig20),
+    "fig21": ("trajectories of the memory differ between digits", "a run of race14", inside.fig21),
+    "fig22": ("final memories, PCA: classes lie apart", "a run of race14", inside.fig22),
+    "fig23": ("final memories, t-SNE: classes lie apart", "a run of race14", inside.fig23),
+    "sweeps": ("open in the paper: can a rollout be made in parallel?",
+               "Jacobi sweeps on runs of race14", ours.sweeps),
+    "spans": ("open in the paper: what lies between DMT and BPTT?",
+              "14×14, GRU, DMT with spans 1 to T after one SMT", ours.spans),
+    "race14": ("MNIST 14×14: SMT → DMT predicts better than BPTT",
                "three updaters, every method, 6 minutes a run", races.race),
-    "race28": ("MNIST 28×28, T = 784: SMT → DMT is better than BPTT",
-               "three updaters, every method, 40 minutes a run", races.race),
+    "race28": ("MNIST 28×28, T = 784: SMT → DMT predicts better than BPTT",
+               "three updaters, every method, 40 minutes a run; a GPU would help", races.race),
+    "records": ("not in the paper: 28×28 MNIST beside published likelihoods",
+                "the numbers of race28", ours.records),
 }
 PLACES = dict(race14="backbones", race28="backbones")  # folders in results/ with another name
 BEGIN, END = "<!-- reproduce.py writes from here -->", "<!-- to here -->"
@@ -76,13 +117,13 @@ def make(lab: Lab, name: str) -> None:
     claim, _, function = FIGURES[name]
     lab = dataclasses.replace(lab, name=name, place=PLACES.get(name, ""), used=[])
     began = time.time()
-    ours, verdict = function(lab)
-    say(f"{name} | {verdict}: {ours} | {lab.out('')}")
+    found, verdict = function(lab)
+    say(f"{name} | {verdict}: {found} | {lab.out('')}")
     if lab.draw:
         return  # the numbers are the old ones, and so is their row
     minutes = sum(job.minutes for job in lab.used) or (time.time() - began) / 60
     seeds = sorted({job.flags.get("seed", 0) for job in lab.used} or {0})
-    row = dict(figure=name, claim=claim, ours=ours, verdict=verdict, minutes=round(minutes, 1),
+    row = dict(figure=name, claim=claim, ours=found, verdict=verdict, minutes=round(minutes, 1),
                seeds=" ".join(map(str, seeds)), commit=commit())
     path = os.path.join(lab.results, "figures.csv")
     rows = {r["figure"]: r for r in (read_csv(path) if os.path.exists(path) else [])} | {name: row}

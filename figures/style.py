@@ -42,7 +42,8 @@ def of(method: str) -> dict:
 
 def panels(columns: int, x: str = "", y: str = "", rows: int = 1, height: float = 3.2, **how):
     """A figure of about 8 inches and its axes, (columns,) or (rows, columns), with labels."""
-    fig, axes = plt.subplots(rows, columns, figsize=(8.2, height * rows), squeeze=False, **how)
+    fig, axes = plt.subplots(rows, columns, figsize=(8.2, height * rows), squeeze=False,
+                             layout="constrained", **how)
     for ax in axes.flat:
         ax.set(xlabel=x)
     for row in axes:
@@ -65,7 +66,6 @@ def pictures(ax, images: np.ndarray, columns: int, title: str = "") -> None:
 
 def save(fig, path: str) -> None:
     """Raises UserError where it cannot be written."""
-    fig.tight_layout()
     with written_whole(path, mend="make room, or give another --results_dir") as f:
         fig.savefig(f, format="png")
     plt.close(fig)

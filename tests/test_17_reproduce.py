@@ -4,9 +4,12 @@ import dataclasses
 import os
 
 import pytest
+import tiny
+import torch
 
+import data
 import reproduce
-from figures import runs
+from figures import cost, credit, inside, nets, runs
 from figures.runs import Job, Lab
 
 
@@ -17,8 +20,15 @@ def folders(tmp_path_factory):
     return f"--runs_dir {folder}/runs --results_dir {folder}/results", folder
 
 
+@pytest.fixture
+def no_other_pictures(monkeypatch):
+    """Runs and evaluations draw curves of their own, which take longer than a toy run."""
+    monkeypatch.setattr("trainer.draw_curve", lambda *a: None)
+    monkeypatch.setattr("evaluate.draw", lambda *a: None)
+
+
 @pytest.mark.parametrize("name", reproduce.FIGURES)
-def test_quick(name, folders, command):
+def test_quick(name, folders, command, no_other_pictures):
     """Every figure at toy size: a picture, its numbers, its row; and --draw needs the numbers
     alone."""
     where, folder = folders
@@ -52,7 +62,8 @@ def test_mistakes_are_one_line(command):
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
 
 
-def test_missing_data_skips_the_figure_alone(command, folders, tmp_path, monkeypatch):
+def test_missing_data_skips_the_figure_alone(command, folders, tmp_path, monkeypatch,
+                                             no_other_pictures):
     """The figure without data says why; the next is made."""
     def broken(lab):
         return runs.train(lab, [Job("x", "smt", 1, dict(dataset="images"))])
@@ -110,3 +121,75 @@ def test_a_failed_run_leaves_the_others(tmp_path, capsys):
     assert runs.train(lab, jobs) == ["good"]
     out = capsys.readouterr().out
     assert "bad failed: smt.py: error: --d_model 9" in out and "child is left out" in out
+
+
+def test_cached_transformer_is_the_transformer():
+    """What Tab. 1 times token by token gives the logits of one pass over the whole sequence."""
+    torch.manual_seed(0)
+    c = tiny.config(mem_tokens=1, timestamps="all")
+    decoder, (x, _) = tiny.networks()[1], tiny.sequences()
+    n, T = x.shape
+    whole = decoder(torch.empty(n, 0, c.mem_dim), x, torch.full((n,), -1))
+    cache = cost.empty_cache(c, c.dec_layers, T, n)
+    for t in range(T):
+        step = cost.cached_logits(decoder, x[:, t], t, cache)
+        assert torch.allclose(step, whole[:, t], atol=1e-5)
+
+
+def groups(n: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three clouds in 12 dimensions, and which point is in which."""
+    g = torch.Generator().manual_seed(0)
+    which = torch.arange(3).repeat_interleave(n)
+    centre = 4 * torch.randn(3, 12, generator=g)
+    return centre[which] + torch.randn(3 * n, 12, generator=g), which
+
+
+def test_principal_components_hold_the_variance():
+    """They are uncorrelated, and a cloud that is flat lies in two of them."""
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(50, 2, generator=g) @ torch.randn(2, 7, generator=g) + 3
+    parts, shares = nets.pca(v, 2)
+    assert abs(sum(shares) - 1) < 1e-6 and shares[0] >= shares[1] > 0
+    assert torch.allclose(torch.cov(parts.T), torch.eye(2).double(), atol=1e-6)
+
+
+def test_tsne_keeps_neighbours():
+    """Points of a cloud stay together: every point's nearest neighbour on the page is of its own
+    cloud."""
+    v, which = groups()
+    at = nets.tsne(v, perplexity=10, steps=300)
+    nearest = torch.cdist(at, at).fill_diagonal_(torch.inf).argmin(1)
+    assert (which[nearest] == which).all() and at.isfinite().all()
+
+
+def test_tsne_gives_every_point_as_many_neighbours_as_asked():
+    v, _ = groups()
+    p = nets.neighbours(torch.cdist(v, v).square().double(), 10.0)
+    assert torch.allclose(p.sum(1), torch.ones(len(v)).double())
+    assert torch.allclose((-torch.xlogy(p, p).sum(1)).exp(), torch.tensor(10.0).double(), rtol=1e-3)
+
+
+def test_states_are_counted():
+    """Three clouds that are far apart for their size are three places, one chain of points is
+    one."""
+    v, _ = groups()
+    assert inside.clusters(v, apart=7.0) == 3
+    assert inside.clusters(torch.arange(9.0)[:, None], apart=1.5) == 1
+
+
+def test_smt_gradients_are_those_of_one_network():
+    """In SMT the loss that m_t answers for lies one network away, so weights times two change how
+    gradients depend on t by a factor; in BPTT by a power of the distance."""
+    task = data.load("retrieval", length=64)
+    x, y = task.batch(credit.B, torch.Generator().manual_seed(0))
+    spread = {}
+    for method in ("bptt", "smt"):
+        ends = []
+        for scale in (1.0, 2.0):
+            encoder, decoder, rnn = credit.scaled_networks(task, "transformer", scale)
+            g = credit.bptt_gradients(rnn, x, y) if method == "bptt" else \
+                credit.smt_gradients(encoder, decoder, rnn, x, y)
+            assert len(g) == task.T - 1
+            ends.append(g[0] / g[-1])
+        spread[method] = ends[1] / ends[0]
+    assert 0.1 < spread["smt"] < 10 and spread["bptt"] > 100

@@ -1,0 +1,217 @@
+"""Table 1 and Fig. 6: time, memory and layers in a row, of a training step and of a new token."""
+import os
+import resource
+import time
+
+import torch
+
+from figures import races, style
+from figures.runs import (Job, Lab, argv_of, both, call, last_line, launch, log, say,
+                          table, train)
+from console import fail
+from model import RNN, UPDATERS, Decoder, ModelConfig, rope
+
+# ------------------------------------------------------------------------------------------ Tab. 1
+
+WAYS = {  # name -> (script, flags, style)
+    "SMT": ("smt", dict(horizon=1), "smt"),
+    "SMT, on-policy too": ("smt", {}, "dmt-span1"),
+    "DMT, a round": ("dmt", {}, "dmt"),
+    "BPTT": ("bptt", {}, "bptt"),
+}
+SIZES = {  # of the networks that generate; the plain Transformer has all layers of one RNN step
+    "laptop": dict(d_model=64, n_heads=2, mem_tokens=4, rnn_layers=2, dec_layers=2),
+    "paper": dict(d_model=256, n_heads=8, head_dim=64, mem_tokens=16, rnn_layers=8, dec_layers=4),
+}
+
+
+def tab1(lab: Lab) -> tuple[str, str]:
+    """A training step against T for each method, and a generated token against how many came
+    before."""
+    lengths = (16, 32) if lab.quick else (64, 128, 256, 512, 1024)
+    past = (16, 64) if lab.quick else (1024, 2048, 4096, 8192, 16384)
+    if lab.plan:
+        return "", ""
+
+    def measure():
+        for T in lengths:
+            for name in WAYS:
+                yield dict(part="training", name=name, length=T) | training_step(lab, name, T)
+        for size in lab.few(SIZES):
+            for name in (*UPDATERS, "KV cache"):
+                for T, seconds, kib in token_costs(name, SIZES[size], past, 8 if lab.quick else 48):
+                    yield dict(part=f"token, {size} sizes", name=name, length=T, ms=seconds * 1e3,
+                               mib=kib / 1024)
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(3, "T", rows=2, height=2.9)
+    for ax, key, unit in zip(axes[0], ("ms", "mib", "layers"),
+                             ("ms a step", "MiB, whole process", "layers in a row, a step")):
+        for name, (_, _, method) in WAYS.items():
+            at = [(r["length"], r[key]) for r in rows if r["name"] == name and key in r]
+            ax.loglog(*zip(*at), **style.of(method) | dict(label=name), base=2)
+        ax.set(ylabel=unit, title="training")
+    kinds = [k for k in dict.fromkeys(r["part"] for r in rows) if k != "training"]
+    for ax, key, part, unit in zip(axes[1], ("ms", "ms", "mib"), (kinds[0], kinds[-1], kinds[-1]),
+                                   ("ms a token", "ms a token", "MiB of state a sequence")):
+        for i, name in enumerate((*UPDATERS, "KV cache")):
+            at = [(r["length"], r[key]) for r in rows if (r["name"], r["part"]) == (name, part)]
+            ax.loglog(*zip(*at), marker="osDX"[i], color=style.COLOURS[i], base=2,
+                      label="Transformer, KV cache" if name == "KV cache" else f"RNN, {name}")
+        ax.set(ylabel=unit, xlabel="tokens before", title=part)
+    axes[0][0].legend()
+    axes[1][0].legend()
+    style.save(fig, lab.out("tab1.png"))
+    first = lambda part, name: [r["ms"] for r in rows if (r["part"], r["name"]) == (part, name)]
+    grows = {name: first(kinds[-1], name)[-1] / first(kinds[-1], name)[0]
+             for name in ("transformer", "KV cache")}
+    return f"from T = {past[0]} to {past[-1]} a token costs the RNN {grows['transformer']:.1f} " \
+        f"times as much, a Transformer with a cache {grows['KV cache']:.1f} times", \
+        "agrees" if grows["KV cache"] > 2 * grows["transformer"] else "open"
+
+
+def training_step(lab: Lab, name: str, T: int) -> dict:
+    """ms, peak MiB of the process and sequential layers of one step of the shipped script: the last
+    of a short run on windows of T bytes, where rollouts have their full length. DMT: a round and
+    all its steps."""
+    script, flags, _ = WAYS[name]
+    few = 2 if lab.quick else 12
+    # DMT: a round has batch * T / span * reuse / spans steps
+    steps = 5 if script != "dmt" or lab.quick else 5 * max(1, few * (T // 16) * 2 // 128)
+    job = Job(f"tab1-{script}-{flags.get('horizon', 0)}-{T}", script, 0, flags | dict(
+        steps=steps, batch_size=few, log_every=1, eval_every=0, n_val=1, ckpt_every=0))
+    if script == "dmt":
+        job.after = f"tab1-smt-0-{T}"
+    else:
+        toy = dict(d_model=16, n_heads=2) if lab.quick else {}
+        job.flags |= dict(dataset="pydoc", length=T) | toy
+    os.makedirs(lab.folder(job.name), exist_ok=True)
+    said = os.path.join(lab.folder(job.name), "out.txt")
+    if lab.quick:
+        call(lab, script, argv_of(lab, job, False), said)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:
+        process = launch(script, argv_of(lab, job, False), said)
+        _, code, usage = os.wait4(process.pid, 0)   # the only way to ask for one child's memory
+        if code:
+            fail(f"{job.name}: {last_line(said)}")
+        peak = usage.ru_maxrss
+        say(f"tab1 | {name}, T = {T}")
+    rows = log(lab, job.name)
+    last = max(1, steps // 5) if script == "dmt" else 1
+    return dict(ms=1e3 * (rows[-1]["seconds"] - rows[-1 - last]["seconds"]), mib=peak / 1024,
+                layers=rows[-1]["layers"] - rows[-1 - last]["layers"])
+
+
+@torch.no_grad()
+def cached_logits(decoder: Decoder, x: torch.Tensor, t: int, cache: list) -> torch.Tensor:
+    """A plain Transformer reads token x (B,) at position t: logits (B, V). cache holds keys and
+    values (B, H, T, hd) of every block, filled up to t."""
+    h = decoder.event(x, torch.full_like(x, t))[:, None]
+    angles = rope(torch.tensor([t]), decoder.blocks[0].hd)
+    for block, (keys, values) in zip(decoder.blocks, cache):
+        q, keys[:, :, t:t + 1], values[:, :, t:t + 1] = block.qkv(h, angles)
+        h = block.mix(h, q, keys[:, :, :t + 1], values[:, :, :t + 1])
+    return decoder.head(torch.nn.functional.rms_norm(h, h.shape[-1:]))[:, 0]
+
+
+def empty_cache(c: ModelConfig, layers: int, T: int, n: int = 1) -> list:
+    """Keys and values for T tokens of n sequences."""
+    shape = (n, c.n_heads, T, c.head_dim or c.d_model // c.n_heads)
+    return [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
+
+
+@torch.no_grad()
+def token_costs(name: str, sizes: dict, past: tuple, repeats: int):
+    """(T, seconds a token after T others, KiB of state) for one sequence on one thread; the median
+    over repeats, of processor time. An RNN has nothing that depends on T, and is timed again all
+    the same."""
+    layers = sizes["rnn_layers"] + sizes["dec_layers"]
+    c = ModelConfig(vocab=257, n_out=256, T=max(past) + 1, timestamps="none", heads=0,
+                    **sizes | (dict(dec_layers=layers) if name == "KV cache" else dict(rnn=name)))
+    net = Decoder(c) if name == "KV cache" else RNN(c)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    x = torch.zeros(1, dtype=torch.int64)
+    for T in past:
+        if name == "KV cache":
+            cache = empty_cache(c, layers, T + 1)
+            step = lambda: cached_logits(net, x, T, cache)
+            state = sum(k.numel() + v.numel() for k, v in cache)
+        else:
+            m = net.start(1).clone()
+            step = lambda: net.logits(net.update(m, x, x))
+            state = m.numel()
+        spent = []
+        for _ in range(repeats):
+            began = time.process_time()
+            step()
+            spent.append(time.process_time() - began)
+        yield T, sorted(spent[2:])[len(spent[2:]) // 2], state * 4 / 1024
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------ Fig. 6
+
+def fig6(lab: Lab) -> tuple[str, str]:
+    """The RNN's validation loss against minutes, tokens and sequential layers, from the logs of
+    race14 and of the same runs on TinyStories."""
+    text, jobs = dict(dataset="tinystories", n_val=50), []
+    updaters = ("gru",) if lab.quick else races.UPDATERS
+    for rnn in updaters:
+        f = text | dict(rnn=rnn) | races.NETWORKS[rnn]
+        jobs += both(f"text-{rnn}", f, (2.4, 3.6), dmt=dict(n_val=50)) + \
+            [Job(f"text-{rnn}-bptt-0", "bptt", 6.0, f | dict(seed=0))]
+    jobs += races.race_jobs("race14", (0,), updaters, extra=False)
+
+    def measure():
+        done = train(lab, jobs)
+        for job in jobs:
+            if job.name in done:
+                yield from curve(lab, job)
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(3, rows=2, height=3.0)
+    for row, (race, unit) in zip(axes, (("text", "nats per character"),
+                                        ("race14", "nats per image"))):
+        for ax, key in zip(row, ("minutes", "tokens", "layers")):
+            for rnn, dash in zip(races.UPDATERS, ("-", "--", ":")):
+                for method in ("bptt", "smt", "dmt"):
+                    at = [(r[key], r["nats"]) for r in rows
+                          if (r["task"], r["rnn"], r["method"]) == (race, rnn, method)]
+                    how = style.of(method)
+                    if at:
+                        ax.plot(*zip(*at), ms=3, **how | dict(
+                            ls=dash, label=f"{how['label']}, {rnn}"))
+            ax.set(xlabel={"layers": "layers in a row"}.get(key, key), ylabel=unit,
+                   xscale="linear" if key == "minutes" else "log")
+    axes[0][2].legend(fontsize=6)
+    style.save(fig, lab.out("fig6.png"))
+    return cheapest(rows)
+
+
+def curve(lab: Lab, job: Job):
+    """CSV rows of a run's validation losses; what DMT costs comes on top of its SMT."""
+    task, rnn, method, _ = job.name.split("-")
+    before = log(lab, job.after)[-1] if job.after else dict(seconds=0, tokens=0, layers=0)
+    for r in log(lab, job.name):
+        if "val_rollout" in r:
+            yield dict(task=task, rnn=rnn, method=method, nats=r["val_rollout"],
+                       minutes=(r["seconds"] + before["seconds"]) / 60,
+                       tokens=r["tokens"] + before["tokens"],
+                       layers=r["layers"] + before["layers"])
+
+
+def cheapest(rows: list[dict]) -> tuple[str, str]:
+    """Layers in a row that BPTT and SMT -> DMT need for the worse of their two best losses."""
+    told, less = [], []
+    for task in dict.fromkeys(r["task"] for r in rows):
+        both_ = {m: [r for r in rows if r["task"] == task and
+                     (r["method"] == "bptt") == (m == "bptt")] for m in ("bptt", "ours")}
+        level = max(min(r["nats"] for r in part) for part in both_.values())
+        need = {m: min(r["layers"] for r in part if r["nats"] <= level)
+                for m, part in both_.items()}
+        told.append(f"{task}: {need['ours'] / 1e3:.0f}k, BPTT {need['bptt'] / 1e3:.0f}k")
+        less.append(need["ours"] < need["bptt"])
+    return "layers in a row to the same loss, " + "; ".join(told), \
+        "agrees" if all(less) else "open" if any(less) else "disagrees"

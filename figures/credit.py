@@ -1,0 +1,177 @@
+"""Figures 10 and 11: how credit travels back in time, without and with backpropagation."""
+import torch
+import torch.nn.functional as F
+
+import data
+from figures import style
+from figures.nets import opened
+from figures.runs import Job, Lab, scores, table, train
+from losses import cross_entropy, futures
+from model import RNN, UPDATERS, Decoder, Encoder, ModelConfig
+
+# ----------------------------------------------------------------------------------------- Fig. 10
+
+T, STEPS = 16, (250, 500, 1000, 2000)
+# The paper's SMT and nothing of ours: transitions from the encoder's memories alone, futures alone.
+PLAIN = dict(dataset="retrieval", length=T, symbols=4, rnn="mlp", heads=0, first=0.0, horizon=1,
+             decode_own=False, rnn_batch=0, futures=1024, lambda_fut=1.0, lambda_dyn=1.0,
+             decay=1.0, n_val=500, eval_every=0)
+
+
+def credit_job(detached: bool, Tf: int, steps: int) -> Job:
+    """Without decay a run of 250 steps is the beginning of one of 500: a look at it on its way.
+    That costs as much again, and needs no code that looks into a run."""
+    name = f"credit-{'detached' if detached else 'joint'}-{Tf}-{steps}"
+    return Job(name, "smt", 0, PLAIN | dict(detach_rnn=detached, fut_len=Tf, steps=steps, seed=0))
+
+
+def fig10(lab: Lab) -> tuple[str, str]:
+    """SMT on retrieval, joint and detached, over Tf: the rollout's loss; and how far back from the
+    question the encoder's memory holds the needle while joint SMT with Tf = 1 learns."""
+    far = lab.few((1, 4, T), 2)
+    jobs = [credit_job(d, Tf, STEPS[-1]) for d in (False, True) for Tf in far]
+    seen = [credit_job(d, 1, n) for d in (False, True) for n in lab.few(STEPS, 2)]
+    jobs = [*{job.name: job for job in jobs + seen}.values()]
+
+    def measure():
+        done = train(lab, jobs)
+        got = scores(lab, done, 1000)
+        for job in jobs:
+            if job.name in done:
+                kind, Tf, steps = job.name.split("-")[1:]
+                held = dict(enumerate(needle_held(lab, job.name)))
+                yield dict(kind=kind, Tf=int(Tf), steps=int(steps)) | \
+                    {k: got[job.name][k] for k in ("teacher", "one_step", "rollout")} | \
+                    {f"held_{t}": v for t, v in held.items()}
+
+    rows = table(lab, measure)
+    fig, (left, *maps) = style.panels(3, height=3.4)
+    for kind, method in (("joint", "dmt"), ("detached", "bptt")):
+        at = sorted((r["Tf"], r["rollout"]) for r in rows
+                    if r["kind"] == kind and r["steps"] == STEPS[-1])
+        left.plot(*zip(*at), **style.of(method) | dict(label=kind))
+    left.set(xscale="log", xlabel="Tf", ylabel="rollout, nats", title=f"after {STEPS[-1]} steps")
+    left.legend()
+    for ax, kind in zip(maps, ("joint", "detached")):
+        mine = sorted((r for r in rows if r["kind"] == kind and r["Tf"] == 1),
+                      key=lambda r: r["steps"])
+        held = [[r[k] for k in r if k.startswith("held_")] for r in mine]
+        image = ax.imshow(held, aspect="auto", cmap=style.MAPS["low"], vmin=0.25, vmax=1)
+        ax.set(title=f"{kind}, Tf = 1", xlabel="t", yticks=range(len(mine)))
+        ax.set_yticklabels([r["steps"] for r in mine])
+        ax.grid(False)
+    maps[0].set_ylabel("steps")
+    fig.colorbar(image, ax=maps, label="needle read off m_t")
+    style.save(fig, lab.out("fig10.png"))
+    end = {(r["kind"], r["Tf"]): r["rollout"] for r in rows if r["steps"] == STEPS[-1]}
+    good = end["joint", 1] < 0.1 and end["detached", 1] > 0.5
+    return "rollout, nats: " + ", ".join(f"{k} Tf = {f} {v:.3f}" for (k, f), v in end.items()), \
+        "agrees" if good else "disagrees" if end["joint", 1] > 0.5 else "open"
+
+
+@torch.no_grad()
+def needle_held(lab: Lab, name: str, n: int = 1500) -> list[float]:
+    """For each t of the second half, where every needle has been read: the share of test sequences
+    whose needle a linear map reads off the encoder's m_t. The map is fitted by least squares on
+    validation sequences."""
+    task, encoder = opened(lab, name, "encoder")
+    n = 40 if lab.quick else n
+    (x, y), (x_test, y_test) = ((h["x"], h["y"][:, -1]) for h in
+                                (task.held_out("val", n), task.held_out("test", n)))
+    m, m_test = encoder(x).flatten(2), encoder(x_test).flatten(2)
+    one_hot, out = F.one_hot(y, task.n_out).double(), []
+    for t in range(task.T // 2 + 1, task.T):
+        a, b = (torch.cat([v[:, t], torch.ones(len(v), 1)], 1).double() for v in (m, m_test))
+        ridge = 1e-2 * len(a) * torch.eye(a.shape[1]).double()
+        fitted = torch.linalg.solve(a.T @ a + ridge, a.T @ one_hot)
+        out.append(float(((b @ fitted).argmax(1) == y_test).double().mean()))
+    return out
+
+
+# ----------------------------------------------------------------------------------------- Fig. 11
+
+B, SCALES = 16, (0.5, 1.0, 2.0)
+
+
+def lengths(grads: list[torch.Tensor]) -> list[float]:
+    """Mean over sequences of the gradient's norm, one number a time; undoes the mean over the
+    batch."""
+    return [float(g.flatten(1).norm(dim=1).mean()) * B for g in grads]
+
+
+def bptt_gradients(rnn: RNN, x: torch.Tensor, y: torch.Tensor) -> list[float]:
+    """|dL/dm_t| for t = 1 .. T - 1; L is the loss of the answer at the last step."""
+    m, own = rnn.start(B), []
+    for t in range(1, x.shape[1]):
+        m = rnn.update(m, x[:, t], torch.full_like(x[:, t], t))
+        own.append(m)
+    return lengths(torch.autograd.grad(cross_entropy(rnn.logits(m), y[:, -1]), own))
+
+
+def smt_gradients(encoder: Encoder, decoder: Decoder, rnn: RNN, x: torch.Tensor, y: torch.Tensor,
+                  lambda_dyn: float = 0.3) -> list[float]:
+    """|dL/dm_t| for t = 1 .. T - 1; L is Eq. 5 with a term for each t, so m_t is one network away
+    from it."""
+    memories = [v.detach().requires_grad_() for v in encoder(x).unbind(1)]
+    loss, b = 0.0, torch.arange(B)
+    for t in range(1, x.shape[1]):
+        when = torch.full((B,), t)
+        x_fut, y_fut = futures(x, y, b, when, x.shape[1])
+        made = rnn.update(memories[t - 1], x[:, t], when)
+        loss = loss + cross_entropy(decoder(memories[t], x_fut, when), y_fut) + \
+            lambda_dyn * F.mse_loss(made, memories[t])
+    return lengths(torch.autograd.grad(loss, memories[1:]))
+
+
+def scaled_networks(task: data.Data, rnn: str, scale: float) -> tuple:
+    """(encoder, decoder, rnn) as they are initialised, the updater's matrices times `scale`. Output
+    layers are drawn: at zero, as training starts, they would pass no gradient at all."""
+    torch.manual_seed(0)
+    c = ModelConfig(task.vocab, task.n_out, task.T, ctx_len=task.T, fut_len=task.T, rnn=rnn)
+    encoder, decoder, net = Encoder(c), Decoder(c), RNN(c)
+    with torch.no_grad():
+        for part in (decoder, net.readout):
+            part.head.weight.normal_(std=c.d_model ** -0.5)
+        for p in net.updater.parameters():
+            if p.ndim == 2:
+                p *= scale
+    return encoder, decoder, net
+
+
+def fig11(lab: Lab) -> tuple[str, str]:
+    """|dL/dm_t| against t on retrieval, at initialisation, of BPTT and of SMT."""
+    if lab.plan:
+        return "", ""
+    task = data.load("retrieval", length=12 if lab.quick else 64)
+    x, y = task.batch(B, torch.Generator().manual_seed(0))
+
+    def measure():
+        for name in UPDATERS:
+            for scale in SCALES:
+                encoder, decoder, rnn = scaled_networks(task, name, scale)
+                got = dict(bptt=bptt_gradients(rnn, x, y),
+                           smt=smt_gradients(encoder, decoder, rnn, x, y))
+                for method, g in got.items():
+                    for t, v in enumerate(g, 1):
+                        yield dict(rnn=name, method=method, scale=scale, t=t, gradient=v)
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(3, "t", "|∂L/∂m_t|", sharey=True)
+    ratio = {}
+    for ax, name in zip(axes, UPDATERS):
+        for method, dash in (("bptt", "-"), ("smt", "--")):
+            for scale, colour in zip(SCALES, style.COLOURS):
+                g = [r["gradient"] for r in rows
+                     if (r["rnn"], r["method"], r["scale"]) == (name, method, scale)]
+                ratio[name, method, scale] = g[0] / max(g[-1], 1e-30)
+                ax.semilogy(range(1, len(g) + 1), g, dash, color=colour,
+                            label=f"{method.upper()}, weights × {scale:g}")
+        ax.set(title=name, ylim=(1e-6, 1e6))
+    axes[0].legend(fontsize=7)
+    style.save(fig, lab.out("fig11.png"))
+    span = {m: [v for (_, k, _), v in ratio.items() if k == m] for m in ("bptt", "smt")}
+    flat = max(span["smt"]) < 30 and min(span["smt"]) > 1 / 30
+    wild = max(span["bptt"]) > 30 or min(span["bptt"]) < 1 / 30
+    return "|∂L/∂m_1| over |∂L/∂m_T|: " + ", ".join(
+        f"{m.upper()} {min(v):.1g} to {max(v):.1g}" for m, v in span.items()), \
+        "agrees" if flat and wild else "open"

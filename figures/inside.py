@@ -1,0 +1,200 @@
+"""Figures 14, 19, 21, 22 and 23: what the RNN's own memories look like."""
+import gzip
+import math
+import os
+
+import numpy as np
+import torch
+
+from figures import races, style
+from figures.nets import opened, pca, tsne
+from figures.runs import Lab, both, scores, table, train
+from sources.files import find_file
+from sources.images import MIRRORS
+
+DIGITS = "race14-gru-dmt-0"  # the run that figures 19 to 23 look into
+
+
+def digit_jobs() -> list:
+    """DIGITS and what it starts from."""
+    return [job for job in races.race_jobs("race14", (0,), ("gru",), extra=False)
+            if job.script != "bptt"]
+
+
+@torch.no_grad()
+def digit_memories(lab: Lab, n: int):
+    """(task, x (n, T), own memories (n, T, K d)) of test images, by DIGITS."""
+    train(lab, digit_jobs())
+    task, rnn = opened(lab, DIGITS, "rnn")
+    x = task.held_out("test", n)["x"]
+    return task, x, rnn.memories(x).flatten(2)
+
+
+def classes(lab: Lab, task, n: int) -> list[int]:
+    """Digits of the first n test images of MNIST. Of toy pictures nobody knows them: 0, 1, 2 .."""
+    if task.name != "mnist":
+        return [i % 10 for i in range(n)]
+    path = find_file(lab.data_dir, "mnist", "t10k-labels-idx1-ubyte.gz", MIRRORS)
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+        return list(f.read()[8:8 + n])  # behind the header: magic number and count
+
+
+def fig14(lab: Lab) -> tuple[str, str]:
+    """Memories of three numbers. They are normalised, so they lie on a sphere: a map of it is a
+    picture in two dimensions that leaves nothing out; two numbers would leave a circle."""
+    small = dict(mem_tokens=1, mem_dim=3, rnn="mlp")
+    tasks = dict(retrieval=dict(dataset="retrieval", length=16, symbols=3) | small,
+                 copy=dict(dataset="copy", length=9, symbols=2) | small)
+    jobs = {k: both(f"small-{k}", f, (1.5, 1.0)) for k, f in tasks.items()}
+
+    def measure():
+        done = train(lab, sum(jobs.values(), []))
+        for what, (_, dmt) in jobs.items():
+            if dmt.name in done:
+                yield from small_memories(lab, what, dmt.name)
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(2, height=3.0, subplot_kw=dict(projection="mollweide"))
+    for ax, what in zip(axes, tasks):
+        mine = [row for row in rows if row["task"] == what]
+        for i, label in enumerate(sorted({str(row["read"]) for row in mine})):
+            at = [(row["longitude"], row["latitude"]) for row in mine if str(row["read"]) == label]
+            ax.scatter(*zip(*at), s=9, color=style.COLOURS[i % 10], label=label, alpha=0.7)
+        ax.set_title(f"{what}: the RNN's own memories")
+        ax.tick_params(labelbottom=False, labelleft=False)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.42), ncol=5, title="has read")
+    style.save(fig, lab.out("fig14.png"))
+    loss = {row["task"]: (row["excess"], row["states"]) for row in rows}
+    good = all(excess < 0.05 for excess, _ in loss.values()) and loss["retrieval"][1] < \
+        loss["copy"][1]
+    return ", ".join(f"{k}: {s} states, {e:.3f} nats over the optimum"
+                     for k, (e, s) in loss.items()), "agrees" if good else "open"
+
+
+@torch.no_grad()
+def small_memories(lab: Lab, what: str, name: str):
+    """CSV rows: where the memories lie on the sphere, what has been read, and how many places
+    there are: clusters that stay apart by a tenth of the radius."""
+    task, rnn = opened(lab, name, "rnn")
+    x, excess = task.held_out("test", 60)["x"], scores(lab, [name])[name]["excess"]
+    m = rnn.memories(x)[:, :, 0] / math.sqrt(3)                                 # (n, T, 3)
+    half = task.T // 2
+    places = clusters(m[:, half:-1] if what == "retrieval" else m[:, 1:half + 1])
+    for i in range(len(x)):
+        for t in range(1, task.T - 1 if what == "retrieval" else half + 1):
+            if what == "retrieval":
+                marker = (x[i, :t] == task.bos - 1).nonzero()
+                read = "abcdefgh"[x[i, marker[0, 0] + 1]] if len(marker) else "no needle"
+            else:
+                read = "".join("abcdefgh"[v] for v in x[i, 1:min(t, 3) + 1])
+            a, b, c = m[i, t].tolist()
+            yield dict(task=what, t=t, read=read, longitude=math.atan2(b, a),
+                       latitude=math.asin(max(-1.0, min(1.0, c))), excess=excess, states=places)
+
+
+def clusters(m: torch.Tensor, apart: float = 0.1) -> int:
+    """How many groups the points m (..., 3) form if points closer than `apart` are one group."""
+    left, count = m.reshape(-1, m.shape[-1]).double(), 0
+    while len(left):
+        inside = torch.zeros(len(left), dtype=torch.bool)
+        inside[0], before = True, 0
+        while int(inside.sum()) > before:
+            before = int(inside.sum())
+            inside |= (torch.cdist(left, left[inside]) < apart).any(1)
+        left, count = left[~inside], count + 1
+    return count
+
+
+def fig19(lab: Lab) -> tuple[str, str]:
+    """The memory after every pixel as a colour: three principal components are red, green and
+    blue."""
+    n = 2 if lab.quick else 8
+
+    def measure():
+        task, x, m = digit_memories(lab, 40 if not lab.quick else 4)
+        parts, shares = pca(m.flatten(0, 1), 3)
+        rgb = (0.5 + parts.clamp(-2, 2) / 4).view(*m.shape[:2], 3)
+        y = task.held_out("test", n)["y"]
+        for i in range(n):
+            for t in range(task.T):
+                yield dict(image=i, t=t, ink=int(y[i, t]), share=sum(shares)) | \
+                    dict(zip("rgb", rgb[i, t].tolist()))
+
+    rows = table(lab, measure)
+    side, n = math.isqrt(1 + rows[-1]["t"]), 1 + rows[-1]["image"]
+    fig, axes = style.panels(n, rows=2, height=1.2)
+    for i in range(n):
+        mine = [row for row in rows if row["image"] == i]
+        colours = np.array([[row[k] for k in "rgb"] for row in mine]).reshape(side, side, 3)
+        ink = np.array([row["ink"] for row in mine]).reshape(side, side)
+        axes[0][i].imshow(ink, cmap="gray_r")
+        axes[1][i].imshow(colours)
+        for ax in axes[:, i]:
+            ax.axis("off")
+    fig.suptitle("test images, and the RNN's memory after each of their pixels", fontsize=10)
+    style.save(fig, lab.out("fig19.png"))
+    return f"three components hold {rows[0]['share']:.0%} of the variance of the memories", "open"
+
+
+def fig21(lab: Lab) -> tuple[str, str]:
+    """Trajectories of the memory of a few digits, on two principal components."""
+    n = 2 if lab.quick else 6
+
+    def measure():
+        task, x, m = digit_memories(lab, 40 if not lab.quick else 4)
+        parts, shares = pca(m.flatten(0, 1), 2)
+        digits = classes(lab, task, n)
+        for i in range(n):
+            for t, (a, b) in enumerate(parts.view(*m.shape[:2], 2)[i].tolist()):
+                yield dict(image=i, digit=digits[i], t=t, first=a, second=b, share=sum(shares))
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, "first principal component", "second", height=4.2)
+    for i in range(1 + rows[-1]["image"]):
+        mine = [row for row in rows if row["image"] == i]
+        at = [(row["first"], row["second"]) for row in mine]
+        axes[0].plot(*zip(*at), lw=1, color=style.COLOURS[i], label=f"a {mine[0]['digit']}")
+        axes[0].plot(*at[0], "o", color="k")
+        axes[0].plot(*at[-1], "X", color=style.COLOURS[i])
+    axes[0].legend(title="from ● to ✕")
+    style.save(fig, lab.out("fig21.png"))
+    return f"two components hold {rows[0]['share']:.0%} of the variance", "open"
+
+
+def by_class(lab: Lab, way) -> tuple[str, str]:
+    """Final memories in two dimensions, a colour for each digit; is the nearest neighbour of the
+    same class? way (N, D) -> (N, 2)."""
+    def measure():
+        n = 20 if lab.quick else 1000
+        task, x, m = digit_memories(lab, n)
+        digits = torch.tensor(classes(lab, task, n))
+        for digit, (a, b), right in zip(digits.tolist(), way(m[:, -1]).tolist(),
+                                        same_class(m[:, -1], digits)):
+            yield dict(digit=digit, first=a, second=b, right=int(right))
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, "", "", height=4.6)
+    for digit in range(10):
+        at = [(row["first"], row["second"]) for row in rows if row["digit"] == digit]
+        if at:
+            axes[0].scatter(*zip(*at), s=11, color=style.COLOURS[digit], label=str(digit))
+    axes[0].set(xticks=[], yticks=[])
+    axes[0].legend(title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
+    style.save(fig, lab.out(f"{lab.name}.png"))
+    share = sum(row["right"] for row in rows) / len(rows)
+    return f"{share:.0%} of final memories have a nearest neighbour of their class (chance 10 %)", \
+        "agrees" if share > 0.5 else "disagrees"
+
+
+def same_class(m: torch.Tensor, digits: torch.Tensor) -> list[bool]:
+    """Is the nearest other memory of m (N, D) one of the same class?"""
+    apart = torch.cdist(m, m).fill_diagonal_(torch.inf)
+    return (digits[apart.argmin(1)] == digits).tolist()
+
+
+def fig22(lab: Lab) -> tuple[str, str]:
+    return by_class(lab, lambda m: pca(m, 2)[0])
+
+
+def fig23(lab: Lab) -> tuple[str, str]:
+    return by_class(lab, lambda m: tsne(m, steps=20 if lab.quick else 500))

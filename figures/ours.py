@@ -1,0 +1,127 @@
+"""What the paper leaves open: rollouts in parallel, spans between DMT and BPTT, and a table of
+records."""
+import os
+
+import torch
+
+from figures import races, style
+from figures.nets import opened
+from figures.runs import Job, Lab, log, read_csv, scores, table, train
+
+RNN = "gru"
+
+
+def sweeps(lab: Lab) -> tuple[str, str]:
+    """Apply the update to all times at once, again and again, from the encoder's memories: after j
+    sweeps every memory is a rollout of j steps, after T - 1 the exact one. How many suffice?"""
+    jobs = [job for job in races.race_jobs("race14", (0,), (RNN,), extra=False)
+            if job.script != "bptt"]
+
+    def measure():
+        for name in train(lab, jobs):
+            method = "dmt" if "-dmt-" in name else "smt"
+            for j, error in enumerate(sweep_errors(lab, name, 2 if lab.quick else 16)):
+                yield dict(method=method, sweeps=j, error=error)
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, "sweeps over all times at once",
+                             "square distance to the rollout / variance", height=3.6)
+    need = {}
+    for method in ("smt", "dmt"):
+        errors = [max(r["error"], 1e-14) for r in rows if r["method"] == method]
+        axes[0].semilogy(errors, **style.of(method) | dict(marker=""))
+        need[method] = next(j for j, e in enumerate(errors) if e < 1e-3)
+    axes[0].axhline(1e-3, color="0.6", lw=1, ls=":")
+    axes[0].legend()
+    style.save(fig, lab.out("sweeps.png"))
+    T = max(r["sweeps"] for r in rows) + 1
+    return f"error below 0.1 % of the variance after {need['smt']} sweeps (SMT) and " \
+        f"{need['dmt']} (DMT) of {T - 1}", "open"
+
+
+@torch.no_grad()
+def sweep_errors(lab: Lab, name: str, n: int) -> list[float]:
+    """Mean square distance to the exact rollout after 0, 1, .. T - 1 sweeps, in units of the
+    memories' variance."""
+    task, encoder, rnn = opened(lab, name, "encoder", "rnn")
+    x, t = task.held_out("val", n)["x"], torch.arange(1, task.T)
+    m, exact, out = encoder(x), rnn.memories(x), []
+    m[:, 0] = exact[:, 0]
+    variance = m.flatten(0, 1).var(0).mean().clamp(min=1e-8)
+    for j in range(task.T):
+        out.append(float((m - exact).square().mean() / variance))
+        m[:, j + 1:] = rnn.update(m[:, j:-1], x[:, j + 1:], t[j:]) if j + 1 < task.T else 0
+    return out
+
+
+def spans(lab: Lab) -> tuple[str, str]:
+    """One curve from DMT as in the paper, whose gradient crosses one update, to BPTT, whose
+    gradient crosses all: the same SMT, then the same minutes with growing spans."""
+    jobs = [job for job in races.race_jobs("race14", (0,), (RNN,))
+            if job.name.split("-")[2] in ("smt", "smt+bptt", "bptt")]
+    smt = next(job for job in jobs if job.script == "smt")
+    left = races.RACES["race14"]["minutes"] - smt.minutes
+    curve = {s: Job(f"spans-{RNN}-{s}-0", "dmt", left,
+                    dict(span=s, spans=max(1, 2048 // s), n_val=100, seed=0), smt.name)
+             for s in lab.few((1, 2, 4, 8, 16, 32, 64, 128, 195), 2)}
+
+    def measure():
+        done = train(lab, jobs + list(curve.values()))
+        got = scores(lab, done, 1000)
+        for span, job in curve.items():
+            if s := got.get(job.name):
+                yield dict(method="dmt", span=span, nats=s["rollout"], stderr=s["stderr"],
+                           drift=s["drift"], steps=log(lab, job.name)[-1]["step"])
+        for job in jobs:
+            if s := got.get(job.name):
+                yield dict(method=job.name.split("-")[2], nats=s["rollout"], stderr=s["stderr"])
+
+    rows = table(lab, measure)
+    mine = [r for r in rows if "span" in r]
+    fig, axes = style.panels(1, "updates that a gradient crosses", "nats per test image",
+                             height=3.6)
+    axes[0].errorbar([r["span"] for r in mine], [r["nats"] for r in mine],
+                     yerr=[r["stderr"] for r in mine], capsize=2, **style.of("dmt"))
+    for r in rows:
+        if "span" not in r:
+            how = style.of(r["method"])
+            axes[0].axhline(r["nats"], color=how["color"], ls="--", label=how["label"])
+    axes[0].set(xscale="log")
+    axes[0].legend()
+    style.save(fig, lab.out("spans.png"))
+    return "nats per image by span: " + ", ".join(f"{r['span']}: {r['nats']:.1f}" for r in mine), \
+        "open"
+
+
+# Test nats of binarised 28x28 MNIST, as published; static stochastic binarisation but for the last.
+LADDER = {"NADE": 88.3, "EoNADE": 85.1, "DARN": 84.1, "PixelCNN": 81.3, "PixelRNN": 79.2,
+          "LMConv": 77.6}
+
+
+def records(lab: Lab) -> tuple[str, str]:
+    """Our best runs of 28x28 beside the public ladder: from the CSV of race28, which must be
+    there."""
+    source = os.path.join(lab.results, "backbones", "race28.csv")
+    if lab.plan:
+        return "", ""
+
+    def measure():
+        for r in read_csv(source):
+            if r["method"] in ("bptt", "dmt", "smt+bptt"):
+                yield dict(name=f"{style.METHODS[r['method']][0]}, {r['rnn']}", nats=r["rollout"],
+                           stderr=r.get("stderr", 0.0), n=r["n"], minutes=r["minutes"])
+        for name, nats in LADDER.items():
+            yield dict(name=name, nats=nats, stderr=0.0)
+
+    rows = sorted(table(lab, measure), key=lambda r: -r["nats"])
+    fig, axes = style.panels(1, "nats per test image", height=0.6 + 0.28 * len(rows))
+    colours = [style.COLOURS[0] if "n" in r else "0.6" for r in rows]
+    axes[0].barh([r["name"] for r in rows], [r["nats"] for r in rows],
+                 xerr=[r["stderr"] for r in rows], color=colours)
+    for i, r in enumerate(rows):
+        axes[0].text(r["nats"], i, f" {r['nats']:.1f}", va="center", fontsize=8)
+    axes[0].set_title("28×28 MNIST: ours (blue, our own Bernoulli draw), published (grey)")
+    style.save(fig, lab.out("records.png"))
+    best = min((r for r in rows if "n" in r), key=lambda r: r["nats"])
+    return f"{best['name']}: {best['nats']:.1f} ± {best['stderr']:.1f} nats in " \
+        f"{best['minutes']:g} minutes of one core (PixelRNN 79.2)", "open"

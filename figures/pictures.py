@@ -1,0 +1,145 @@
+"""Figures 4, 5, 17, 18 and 20: what the RNNs draw, and how they complete what they are given."""
+import numpy as np
+import torch
+
+from figures import races, style
+from figures.nets import opened
+from figures.runs import Job, Lab, both, scores, table, train
+from model import RNN
+from sample import generate
+
+INK = ".#"  # how a CSV spells two levels; digits alone would be read as a number
+
+
+def spell(y: torch.Tensor) -> str:
+    """A row of pixels (T,) as text; darker than half is ink."""
+    return "".join(INK[int(v)] for v in y)
+
+
+def unspell(rows: list[dict], key: str = "pixels") -> np.ndarray:
+    """The square pictures of a CSV: (n, H, W) in 0..1."""
+    flat = np.array([[INK.index(c) for c in row[key]] for row in rows], dtype=float)
+    side = int(round(flat.shape[1] ** 0.5))
+    return flat.reshape(-1, side, side)
+
+
+def drawn(lab: Lab, names: dict, n: int):
+    """CSV rows: n pictures of each run in names (label -> run), unpicked, seed 0, with the test
+    loss."""
+    done = train(lab, names["jobs"])
+    labels = {label: name for label, name in names["shown"].items() if name in done}
+    got = scores(lab, labels.values(), 1000)
+    for label, name in labels.items():
+        task, rnn = opened(lab, name, "rnn")
+        y = generate(rnn, n, task.T, torch.Generator().manual_seed(0))
+        for row in y:
+            yield dict(label=label, nats=got[name]["rollout"], pixels=spell(row * 2 // task.n_out))
+    for row in task.held_out("test", n)["y"]:
+        yield dict(label="data", nats=None, pixels=spell(row * 2 // task.n_out))
+
+
+def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str, str]:
+    """Sample, write, draw: a panel for each label."""
+    rows = table(lab, lambda: drawn(lab, names, 2 if lab.quick else n))
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    down = -(-len(labels) // across)
+    fig, axes = style.panels(across, rows=down, height=8.2 / across * (n / columns / columns) + 0.5)
+    for ax in np.ravel(axes):
+        ax.axis("off")
+    for ax, label in zip(np.ravel(axes), labels):
+        mine = [row for row in rows if row["label"] == label]
+        nats = f", {mine[0]['nats']:.1f} nats" if "nats" in mine[0] else ""
+        style.pictures(ax, unspell(mine), columns, label + nats)
+    style.save(fig, lab.out(f"{lab.name}.png"))
+    nats = {row["label"]: row["nats"] for row in rows if "nats" in row}
+    best = [[v for k, v in nats.items() if k.startswith(start)] for start in ("SMT", "BPTT")]
+    verdict = "open" if not all(best) else "agrees" if min(best[0]) < min(best[1]) else "disagrees"
+    return "nats per test image: " + ", ".join(f"{k} {v:.1f}" for k, v in nats.items()), verdict
+
+
+def mnist(lab: Lab, race: str, updaters) -> dict:
+    """Runs of a race, and the same once more with the paper's optimiser: AdamW, no averaging."""
+    jobs, shown = races.race_jobs(race, (0,), updaters, extra=False), {}
+    theirs = dict(optimizer="adamw", ema=0.0)
+    lr = dict(smt=1e-3, dmt=3e-4, bptt=1e-3)  # 3e-4 at the paper's size; small networks want more
+    for job in list(jobs):
+        after = job.after and job.after.replace(race, f"{race}-adamw")
+        jobs.append(Job(job.name.replace(race, f"{race}-adamw"), job.script, job.minutes,
+                        job.flags | theirs | dict(lr=lr[job.script]), after))
+    for rnn in updaters:
+        for end, how in (("", "Muon"), ("-adamw", "AdamW")):
+            shown[f"BPTT, {rnn}, {how}"] = f"{race}{end}-{rnn}-bptt-0"
+            shown[f"SMT → DMT, {rnn}, {how}"] = f"{race}{end}-{rnn}-dmt-0"
+    return dict(jobs=jobs, shown=shown)
+
+
+def fig4(lab: Lab) -> tuple[str, str]:
+    """Samples of MNIST 14x14 at equal minutes, with our optimiser and with the paper's."""
+    return show(lab, mnist(lab, "race14", ("gru",) if lab.quick else ("transformer", "gru")), 36,
+                6, 4)
+
+
+def fig17(lab: Lab) -> tuple[str, str]:
+    """The same at 28x28, where a sequence has 784 pixels."""
+    return show(lab, mnist(lab, "race28", ("gru",) if lab.quick else ("transformer", "gru")), 25,
+                5, 4)
+
+
+def sketchy() -> dict:
+    """SMT -> DMT and BPTT on drawings of 32x32, one updater, equal minutes."""
+    flags = dict(dataset="sketchy", rnn="gru")
+    jobs = both("sketchy-gru", flags, (20.0, 20.0), dmt=dict(span=32)) + \
+        [Job("sketchy-gru-bptt-0", "bptt", 40.0, flags | dict(lr=5e-3, seed=0))]
+    return dict(jobs=jobs, shown={"SMT → DMT": jobs[1].name, "BPTT": jobs[2].name})
+
+
+def fig5(lab: Lab) -> tuple[str, str]:
+    """Sketches drawn at equal minutes."""
+    return show(lab, sketchy(), 16, 4, 3)
+
+
+def fig18(lab: Lab) -> tuple[str, str]:
+    """More of the same runs."""
+    return show(lab, sketchy(), 64, 8, 3)
+
+
+@torch.no_grad()
+def rest(rnn: RNN, x: torch.Tensor, y: torch.Tensor, known: int) -> torch.Tensor:
+    """Nats of y_known .. y_{T-1} given what comes before: (B,)."""
+    logp = rnn.logits(rnn.memories(x)).float().log_softmax(-1)
+    return -logp.gather(-1, y[..., None])[:, known:, 0].sum(1)
+
+
+def fig20(lab: Lab) -> tuple[str, str]:
+    """Test images completed by the RNN alone from growing prefixes."""
+    jobs = races.race_jobs("race14", (0,), ("gru",), extra=False)
+    name, parts, n = "race14-gru-dmt-0", (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4), 2 if lab.quick else 8
+
+    def measure():
+        train(lab, [job for job in jobs if job.script != "bptt"])
+        task, rnn = opened(lab, name, "rnn")
+        held = task.held_out("test", 200 if not lab.quick else n)
+        for part in parts:
+            known = int(part * task.T)
+            nats = rest(rnn, held["x"], held["y"], known)
+            made = generate(rnn, n, task.T, torch.Generator().manual_seed(0), given=held["y"][:n],
+                            known=torch.full((n,), known))
+            for row, one in zip(made, nats):
+                yield dict(known=known, nats=float(one), mean=float(nats.mean()),
+                           pixels=spell(row))
+        for row in held["y"][:n]:
+            yield dict(known=task.T, nats=0.0, mean=0.0, pixels=spell(row))
+
+    rows = table(lab, measure)
+    mean = {row["known"]: row["mean"] for row in rows}
+    fig, axes = style.panels(len(mean), height=len(rows) / len(mean) / 2 * 0.85 + 0.4)
+    for ax, known in zip(axes, mean):
+        mine = [row for row in rows if row["known"] == known]
+        pages = unspell(mine)
+        given = np.arange(pages[0].size).reshape(pages[0].shape) < known
+        style.pictures(ax, np.where(given & (pages > 0), 0.45, pages), 2,
+                       f"{known} given" + (f"\nrest {mine[0]['mean']:.1f} nats" if
+                                           known < pages[0].size else "\nthe image"))
+    style.save(fig, lab.out("fig20.png"))
+    return "nats of the rest: " + ", ".join(f"{v:.1f} after {k}" for k, v in mean.items()), \
+        "agrees" if sorted(mean.values(), reverse=True) == list(mean.values()) else "open"

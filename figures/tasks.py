@@ -1,0 +1,91 @@
+"""Figures 3 and 13: the synthetic tasks."""
+from figures import style
+from figures.runs import Job, Lab, both, scores, table, train
+
+UPDATER = dict(rnn="gru")  # the one that BPTT does best with
+# task -> the flag on the paper's axis, three values of it, the rest of the task
+TASKS = {
+    "retrieval": ("length", (32, 64, 128), {}),
+    "copy": ("length", (9, 17, 33), {}),
+    "recall": ("keys", (2, 4, 8), dict(key_len=1)),
+    "modular": ("examples", (4, 8, 16), {}),
+    "stack": ("depth", (2, 5, 10), {}),
+}
+AXES = dict(length="T", keys="pairs", examples="examples", depth="depth")
+
+
+def fig3(lab: Lab) -> tuple[str, str]:
+    """Nats over the Bayes optimum on five tasks at three difficulties each, equal minutes."""
+    jobs, seeds = {}, lab.seeds or ((0,) if lab.quick else (0, 1))
+    for task, (axis, values, rest) in TASKS.items():
+        for value in lab.few(values):
+            for seed in seeds:
+                f = dict(dataset=task) | {axis: value} | rest | UPDATER
+                name = f"{task}-{value}"
+                jobs[task, value, seed] = both(name, f, (1.5, 1.5), seed) + \
+                    [Job(f"{name}-bptt-{seed}", "bptt", 3.0, f | dict(seed=seed))]
+
+    def measure():
+        done = train(lab, sum(jobs.values(), []))
+        got = scores(lab, done, 1000)
+        for (task, value, seed), three in jobs.items():
+            for job, method in zip(three, ("smt", "dmt", "bptt")):
+                if s := got.get(job.name):
+                    yield dict(task=task, value=value, seed=seed, method=method,
+                               excess=s["excess"], teacher=s["excess_all"]["teacher"],
+                               accuracy=s["accuracy"]["rollout"], bayes=s["bayes"])
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(5, rows=1, y="nats over the Bayes optimum", height=3.4)
+    means = {}
+    for ax, (task, (axis, _, _)) in zip(axes, TASKS.items()):
+        for method in ("bptt", "teacher", "dmt"):
+            key, source = ("teacher", "dmt") if method == "teacher" else ("excess", method)
+            at = {}
+            for r in rows:
+                if (r["task"], r["method"]) == (task, source):
+                    at.setdefault(r["value"], []).append(max(r[key], 1e-6))
+            for value, v in at.items():
+                means[task, value, method] = sum(v) / len(v)
+            low, high = ([abs(f(v) - sum(v) / len(v)) for v in at.values()] for f in (min, max))
+            ax.errorbar([*at], [sum(v) / len(v) for v in at.values()], yerr=[low, high],
+                        capsize=2, **style.of(method))
+        ax.set(title=task, xlabel=AXES[axis], yscale="log", ylim=(5e-7, 10))
+    axes[0].legend(fontsize=7)
+    style.save(fig, lab.out("fig3.png"))
+    points = {(t, v) for t, v, _ in means}
+    wins = sum(means[*p, "dmt"] < means[*p, "bptt"] for p in points
+               if {(*p, "dmt"), (*p, "bptt")} <= means.keys())
+    return f"SMT → DMT is nearer to the optimum than BPTT at {wins} of {len(points)} points", \
+        "agrees" if wins == len(points) else "open" if wins else "disagrees"
+
+
+def fig13(lab: Lab) -> tuple[str, str]:
+    """Trained on stacks of T = 64 without timestamps, tested on longer ones."""
+    # the clock ends at T: nobody may have one
+    jobs = both("long-stack", dict(dataset="stack", timestamps="none") | UPDATER, (3.0, 2.0))
+    lengths = (13, 20) if lab.quick else (64, 128, 256, 512)
+
+    def measure():
+        done = train(lab, jobs)
+        for T in lengths:
+            for name, s in scores(lab, done[-1:], 200, length=T).items():
+                yield dict(T=T, teacher=s["teacher"], window=s["window"], rollout=s["rollout"],
+                           drift=s["drift"], stderr=s["stderr"])
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, "T of the test sequences", "nats a pop", height=3.6)
+    for key, method, label in (("rollout", "dmt", "RNN alone"),
+                               ("teacher", "teacher", "teacher, reads everything"),
+                               ("window", "smt", "teacher, reads the last 64")):
+        at = [(r["T"], r[key]) for r in rows if key in r]
+        axes[0].loglog(*zip(*at), **style.of(method) | dict(label=label), base=2)
+    axes[0].axvline(rows[0]["T"], color="0.6", lw=1, ls=":")
+    axes[0].text(rows[0]["T"], axes[0].get_ylim()[1], " trained", va="top", fontsize=9)
+    axes[0].legend()
+    style.save(fig, lab.out("fig13.png"))
+    grows = {k: rows[-1][k] / max(rows[0][k], 1e-9) for k in ("rollout", "teacher")}
+    return f"from T = {rows[0]['T']} to {rows[-1]['T']}: RNN {rows[0]['rollout']:.3f} to " \
+        f"{rows[-1]['rollout']:.3f} nats, teacher {rows[0]['teacher']:.3f} to " \
+        f"{rows[-1]['teacher']:.3f}", \
+        "agrees" if grows["teacher"] > 2 * grows["rollout"] and grows["rollout"] < 2 else "open"

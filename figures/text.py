@@ -1,0 +1,184 @@
+"""Figures 7, 8, 9, 12 and 16: TinyStories, in windows of 128 bytes. Runs are shared, one seed."""
+from figures import style
+from figures.runs import Lab, both, log, scores, table, train
+
+TEXT = dict(dataset="tinystories", rnn="gru", n_val=50)
+MINUTES = (2.4, 3.6)       # SMT, DMT
+BASE = "text-gru"          # also a run of figure 6: K = 4, d = 64, two layers, the whole window
+SIZES = {                  # panel -> (what is changed, values, the preset's own among them)
+    "context": ("ctx_len", (8, 16, 32, 64), 128),
+    "memory": ("mem_tokens", (1, 2, 8, 16), 4),
+    "width": ("d_model", (32, 128), 64),
+    "depth": ("rnn_layers", (1, 4), 2),
+}
+LAYERS = "enc_layers", "dec_layers", "rnn_layers"
+
+
+def runs_of(lab: Lab, panel: str) -> dict:
+    """value -> SMT and DMT jobs, sorted by value."""
+    flag, values, usual = SIZES[panel]
+    jobs = {usual: both(BASE, TEXT, MINUTES, dmt=dict(n_val=50))}
+    for value in lab.few(values):
+        changed = dict.fromkeys(LAYERS, value) if panel == "depth" else {flag: value}
+        # a GRU has one layer whatever it is told: depth is a question to the Transformer updater
+        changed |= dict(rnn="transformer") if panel == "depth" else {}
+        jobs[value] = both(f"text-{panel}-{value}", TEXT | changed, MINUTES, dmt=dict(n_val=50))
+    if panel == "depth":
+        jobs[usual] = both("text-transformer", TEXT | dict(rnn="transformer"), MINUTES,
+                           dmt=dict(n_val=50))
+    return dict(sorted(jobs.items()))
+
+
+def sizes(lab: Lab, panels: tuple[str, str]) -> tuple[str, str]:
+    """Test loss of RNN and teacher against two sizes."""
+    jobs = {panel: runs_of(lab, panel) for panel in panels}
+
+    def measure():
+        done = train(lab, [job for runs in jobs.values() for pair in runs.values() for job in pair])
+        got = scores(lab, done, 200)
+        for panel, runs in jobs.items():
+            for value, (_, dmt) in runs.items():
+                if s := got.get(dmt.name):
+                    yield dict(panel=panel, value=value) | \
+                        {k: s[k] for k in ("teacher", "one_step", "rollout", "stderr", "drift")}
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(2, "", "nats per character")
+    told, better = [], []
+    for ax, panel in zip(axes, panels):
+        mine = [r for r in rows if r["panel"] == panel]
+        for key, method in (("teacher", "teacher"), ("rollout", "dmt")):
+            ax.errorbar([r["value"] for r in mine], [r[key] for r in mine],
+                        yerr=[r["stderr"] for r in mine], capsize=2, **style.of(method))
+        ax.set(xlabel={"context": "Tc", "memory": "memory tokens of 64 numbers", "width": "d",
+                       "depth": "layers of each network"}[panel], xscale="log", title=panel)
+        told.append(f"{panel} {mine[0]['value']} to {mine[-1]['value']}: "
+                    f"{mine[0]['rollout']:.3f} to {mine[-1]['rollout']:.3f}")
+        better.append(mine[-1]["rollout"] < mine[0]["rollout"])
+    axes[0].legend()
+    style.save(fig, lab.out(f"{lab.name}.png"))
+    return "nats per character, " + "; ".join(told), \
+        "agrees" if all(better) else "open" if any(better) else "disagrees"
+
+
+def fig7(lab: Lab) -> tuple[str, str]:
+    return sizes(lab, ("context", "memory"))
+
+
+def fig8(lab: Lab) -> tuple[str, str]:
+    return sizes(lab, ("width", "depth"))
+
+
+def fig9(lab: Lab) -> tuple[str, str]:
+    """Minutes of training until a validation loss is reached, against the size of the memory."""
+    jobs = runs_of(lab, "memory")
+
+    def measure():
+        train(lab, sum(jobs.values(), []))
+        for value, pair in jobs.items():
+            before = 0.0
+            for job in pair:
+                for r in log(lab, job.name):
+                    if "val_rollout" in r:
+                        yield dict(numbers=64 * value, minutes=before + r["seconds"] / 60,
+                                   nats=r["val_rollout"])
+                before += log(lab, job.name)[-1]["seconds"] / 60
+
+    rows = table(lab, measure)
+    end = {n: min(r["nats"] for r in rows if r["numbers"] == n)
+           for n in dict.fromkeys(r["numbers"] for r in rows)}
+    fig, axes = style.panels(2, "minutes", "nats per character")
+    for n, colour in zip(end, style.COLOURS):
+        mine = [r for r in rows if r["numbers"] == n]
+        axes[0].plot([r["minutes"] for r in mine], [r["nats"] for r in mine], ".-", color=colour,
+                     label=f"{n} numbers")
+    axes[0].legend(title="memory")
+    smaller = []
+    for k, colour in zip(range(3), style.COLOURS):  # three losses that the largest memory reaches
+        level = max(end.values()) - k * (max(end.values()) - min(end.values())) / 2.5
+        first = {n: min((r["minutes"] for r in rows if r["numbers"] == n and r["nats"] <= level),
+                        default=None) for n in end}
+        at = [(n, v) for n, v in first.items() if v is not None]
+        axes[1].plot(*zip(*at), "o-", color=colour, label=f"{level:.2f} nats")
+        smaller += [a[1] > b[1] for a, b in zip(at, at[1:])]
+    axes[1].set(xlabel="numbers in the memory", ylabel="minutes to this loss", xscale="log")
+    axes[1].legend()
+    style.save(fig, lab.out("fig9.png"))
+    share = sum(smaller) / max(1, len(smaller))
+    return f"in {sum(smaller)} of {len(smaller)} pairs the smaller memory takes longer to the " \
+        "same loss", "agrees" if share > 0.8 else "disagrees" if share < 0.4 else "open"
+
+
+# ---------------------------------------------------------------------------- Fig. 12 and Fig. 16
+
+DYN, UNIF = (0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 0.001, 0.01)
+
+
+def grid_jobs(dyn: float, unif: float) -> list:
+    """SMT with these weights, and the DMT that follows it."""
+    return both(f"text-grid-{dyn:g}-{unif:g}", TEXT | dict(lambda_dyn=dyn, lambda_unif=unif),
+                (2.4, 2.0), dmt=dict(n_val=50))
+
+
+def fig12(lab: Lab) -> tuple[str, str]:
+    """Drift and loss before and after DMT over lambda_dyn; does one-step drift foretell the
+    rollout's?"""
+    jobs = {dyn: grid_jobs(dyn, 0.001) for dyn in lab.few(DYN, 2)}
+
+    def measure():
+        got = scores(lab, train(lab, sum(jobs.values(), [])), 200)
+        for dyn, pair in jobs.items():
+            for job in pair:
+                if s := got.get(job.name):
+                    yield dict(dyn=dyn, after=job.script, nats=s["rollout"], drift=s["drift"],
+                               one_step_drift=s["one_step_drift"])
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(3, "λ_dyn", height=3.2)
+    for method in ("smt", "dmt"):
+        mine = [r for r in rows if r["after"] == method]
+        for ax, key in zip(axes, ("drift", "nats")):
+            ax.plot([r["dyn"] for r in mine], [r[key] for r in mine], **style.of(method))
+        axes[2].plot([r["one_step_drift"] for r in mine], [r["drift"] for r in mine],
+                     **style.of(method), ls="")
+    axes[0].set(xscale="log", ylabel="drift of the rollout, 1 - R²")
+    axes[1].set(xscale="log", ylabel="rollout, nats per character")
+    axes[2].set(xlabel="drift of one step, 1 - R²", ylabel="drift of the rollout")
+    axes[0].legend()
+    style.save(fig, lab.out("fig12.png"))
+    by = {(r["dyn"], r["after"]): r for r in rows}
+    pairs = [(by[d, "smt"], by[d, "dmt"]) for d in jobs if (d, "dmt") in by]
+    better = {k: sum(b[k] < a[k] for a, b in pairs) for k in ("drift", "nats")}
+    return f"DMT lowers drift in {better['drift']} and the loss in {better['nats']} of " \
+        f"{len(pairs)} settings", "agrees" if min(better.values()) >= len(pairs) - 1 else "open"
+
+
+def fig16(lab: Lab) -> tuple[str, str]:
+    """The RNN's loss after SMT over lambda_dyn and lambda_unif."""
+    jobs = {(d, u): grid_jobs(d, u)[0] for d in lab.few(DYN, 2) for u in lab.few(UNIF, 2)}
+
+    def measure():
+        got = scores(lab, train(lab, list(jobs.values())), 200)
+        for (d, u), job in jobs.items():
+            if s := got.get(job.name):
+                yield dict(dyn=d, unif=u, rollout=s["rollout"], teacher=s["teacher"],
+                           drift=s["drift"])
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(2, "λ_dyn", "λ_unif", height=3.0)
+    dyns, unifs = (sorted({r[k] for r in rows}) for k in ("dyn", "unif"))
+    for ax, key in zip(axes, ("rollout", "teacher")):
+        at = {(r["dyn"], r["unif"]): r[key] for r in rows}
+        ax.imshow([[at.get((d, u), float("nan")) for d in dyns] for u in unifs],
+                  cmap=style.MAPS["low"], aspect="auto")
+        for (d, u), v in at.items():
+            ax.text(dyns.index(d), unifs.index(u), f"{v:.3f}", ha="center", va="center",
+                    fontsize=8, bbox=dict(color="white", alpha=0.7, pad=1))
+        ax.set(xticks=range(len(dyns)), yticks=range(len(unifs)), title=f"{key}, nats/character")
+        ax.set_xticklabels(f"{d:g}" for d in dyns)
+        ax.set_yticklabels(f"{u:g}" for u in unifs)
+        ax.grid(False)
+    style.save(fig, lab.out("fig16.png"))
+    best = min(rows, key=lambda r: r["rollout"])
+    told = f"best at λ_dyn {best['dyn']:g}, λ_unif {best['unif']:g}: {best['rollout']:.3f} nats"
+    return told, "agrees" if best["dyn"] not in (dyns[0], dyns[-1]) else "open"
