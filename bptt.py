@@ -38,14 +38,18 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
     are x_t .. x_{t+S-1} and their targets. Returns named scalars and the last memory (B, K, d).
     """
     own = []
+    # m_0 has read BOS, which is x_0: the first update reads x_1.
     if m is None:
         m = rnn.start(len(x))
         own, x, t = [m[:, None]], x[:, 1:], t + 1
+    # With --recompute a part keeps only the memory it begins with and runs again in the backward
+    # pass. Parts of about sqrt(T) updates need the least memory, for one more rollout.
     parts = x.split(recompute or x.shape[1], dim=1) if x.shape[1] else ()  # BOS alone: no update
     for part in parts:
         own.append(checkpoint(rnn.rollout, m, part, t, use_reentrant=False) if recompute else
                    rnn.rollout(m, part, t))
         m, t = own[-1][:, -1], t + part.shape[1]
+    # Only the updates had to wait for each other: all memories are read out at once.
     own = torch.cat(own, dim=1)                                                 # (B, S, K, d)
     loss = cross_entropy(rnn.logits(own), y)
     return dict(loss=loss), own[:, -1]
@@ -58,6 +62,7 @@ def sequential_layers(c: ModelConfig) -> int:
 
 
 def main(argv) -> None:
+    # The encoder's flags would be accepted and forgotten: nobody makes labels here.
     cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
                             unused=("encoder", "enc_layers", "ctx_len", "fut_len", "heads"))
     device, task = trainer.setup(cfg, ckpt)
@@ -72,6 +77,8 @@ def main(argv) -> None:
         rnn, encoder, decoder = RNN(c).to(device), None, None
     nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items()
             if v is not None}
+    # A checkpoint's teacher is carried along, untrained: evaluations still say how far the RNN is
+    # from it.
     span = cfg.truncate or task.T
 
     run = trainer.Run("bptt", cfg, nets, [[*rnn.parameters()]], c, task, device)
@@ -86,6 +93,7 @@ def main(argv) -> None:
                 losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
             share = (part >= 0).sum() / targets  # the shares add up to the mean over all targets
             (losses["loss"] * share).backward()
+            # The memory goes on to the next piece, its graph does not.
             loss, m = loss + losses["loss"].detach() * share, m.detach()
         run.update(dict(loss=loss), x.numel(), sequential_layers(c))
 

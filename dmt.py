@@ -46,6 +46,8 @@ class Config(flags.Config):
 def horizon_at(progress: float, most: int) -> int:
     """Curriculum: 16 updates at first, growing geometrically to `most` when 60 % of the run is
     done."""
+    # After SMT the RNN drifts more with every update; far from its labels there is little to learn.
+    # The last 40 % are for whole rollouts, which is what counts.
     return min(most, round(16 * (most / 16) ** min(1.0, progress / 0.6)))
 
 
@@ -56,6 +58,7 @@ def choose_spans(n: int, T: int, span: int, reuse: int, gen: torch.Generator) ->
     there some tasks ask. `reuse` times, with another offset each time."""
     out = []
     for _ in range(max(1, reuse)):
+        # Without an offset no span would ever begin elsewhere than at 1, 1 + span, 1 + 2 span ..
         offset = torch.randint(min(span, T - span), (n, 1), generator=gen)
         t = 1 - offset + span * torch.arange(T // span + 2)                     # (n, many)
         b, inside = torch.arange(n)[:, None].expand_as(t), t < T
@@ -70,9 +73,12 @@ def objective(rnn: RNN, heads: Heads | None, own: Tensor, labels: Tensor, x: Ten
     """Eq. 6 and Eq. 2 on N spans -> named scalars. Span i begins with the update at time t (N,) of
     sequence b (N,) of x, y (B, T), from the RNN's own memory there; own, labels (B, T, K, d)."""
     when = t[:, None] + torch.arange(cfg.span, device=t.device)                 # (N, S)
+    # The memory that a span begins with is a number, not a graph: there the gradient ends.
     at = b[:, None], when
     made = rnn.rollout(own[b, t - 1], x[at], t)                                 # (N, S, K, d)
     mse = F.mse_loss(made.float(), labels[at].float()) / variance   # Eq. 6; 1 = the mean's error
+    # The paper's way: predictions teach the readout to read, and the updater learns from Eq. 6
+    # alone.
     read = made.detach() if cfg.detach_dec else made
     dec = predictive(rnn.readout, heads, read, when, x[b], y[b], cfg, gen, ends=True)   # Eq. 2
     return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec
@@ -82,7 +88,9 @@ def objective(rnn: RNN, heads: Heads | None, own: Tensor, labels: Tensor, x: Ten
 def variance_of(encoder: Encoder, x: Tensor, times: Tensor) -> Tensor:
     """Of an entry of the encoder's memories of x (B, T), over sequences and times: a scalar, the
     unit of Eq. 6 and of the tube."""
+    # One number for the whole run. A variance of every batch would make the loss's weight flicker.
     m = encoder(x, times).float().flatten(0, 1)
+    # Memories that collapsed have none; a run shall go on and show it, not divide by 0.
     return m.var(0, correction=0).mean().clamp(min=1e-8)
 
 
@@ -123,6 +131,7 @@ def main(argv) -> None:
     c = rnn.c
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T
     times, cfg.span = torch.arange(T), min(cfg.span, T - 1)
+    # 64 sequences will do for a unit. Seed 0, so that a resumed run finds the same one.
     variance = variance_of(encoder, task.batch(64, torch.Generator().manual_seed(0))[0], times)
     tube = (cfg.tube or math.inf) * float(variance)
 
@@ -137,6 +146,9 @@ def main(argv) -> None:
         layers_of_round, layers_of_step = sequential_layers(c, cfg, horizon)
         run.count(x.numel(), layers_of_round)
 
+        # A round has N steps, not one: its rollout is T updates in a row, the dearest part, and
+        # gives many more transitions than a step needs. They age a little until the next round;
+        # --reuse says how much.
         # the steps that learn from it: random spans, in parallel over time
         todo = choose_spans(len(x), T, cfg.span, cfg.reuse, run.gen).to(device)
         steps = max(1, len(todo) // cfg.spans) if cfg.reuse else 1

@@ -23,6 +23,7 @@ from model import Decoder, Heads
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Mean nats over the valid targets of y (...,) with logits (..., V); 0 where every target is
     masked."""
+    # Sum and count instead of torch's mean, which is NaN where every target is masked.
     total = F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), ignore_index=-1,
                             reduction="sum")
     return total / (y >= 0).sum().clamp(min=1)
@@ -37,6 +38,8 @@ def futures(x: Tensor, y: Tensor, b: Tensor, t: Tensor, Tf: int) -> tuple[Tensor
     T = x.shape[1]
     when = t[:, None] + torch.arange(Tf, device=x.device)                       # (N, Tf)
     inside = when.clamp(max=T - 1)
+    # A decoder must be given something behind the end. It has no target there, so it does not
+    # matter.
     return x[b[:, None], inside[:, 1:]], y[b[:, None], inside].masked_fill(when >= T, -1)
 
 
@@ -82,6 +85,8 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         guess, ahead = heads(rows), next_targets(y, t, heads.shape[0]).flatten(0, 1)   # (N S, F, V)
         # the very next target counts as much as all of them together
         out["heads"] = cross_entropy(guess, ahead) + cross_entropy(guess[:, 0], ahead[:, 0])
+        # How wrong the heads are says where to look; it shall not teach them to look wrong, hence
+        # detach.
         right = guess[:, 0].detach().float().softmax(-1).gather(1, target.clamp(min=0)[:, None])
         wrong = (1 - right[:, 0]) * valid
         wrong = wrong + valid * (0.2 * wrong.sum() / valid.sum().clamp(min=1) + 1e-9)
@@ -95,6 +100,7 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     if cfg.futures:
         S = t.shape[1]
         if ends:
+            # The first spans are as good as any: they come in random order.
             some = torch.arange(len(t), device=m.device)[:cfg.futures] * S + S - 1
         else:
             some = torch.randperm(len(rows), generator=gen)[:cfg.futures].to(m.device)

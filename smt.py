@@ -1,6 +1,6 @@
 """Supervised Memory Training (Eq. 2-5): encoder, decoder and RNN learn together, nothing recurs.
 
-    python smt.py                                   # glyphs: nothing to download, 3 minutes
+    python smt.py                                   # glyphs: nothing to download, 5 minutes
     python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
     python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
 
@@ -44,6 +44,8 @@ def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
     """n consecutive times, (n,) int64 on the CPU; all of them for n = 0. The start may fall before
     0 or late and is pushed inside: the first and the last time come up as often as those in the
     middle, their neighbours up to twice."""
+    # A start outside is pushed inside. The RNN alone begins at time 0, many tasks ask at the last
+    # time: both must come up as often as the others.
     n = min(n or T, T)
     start = int(torch.randint(1 - n, T, (), generator=gen)) if n < T else 0
     return min(max(start, 0), T - n) + torch.arange(n)
@@ -52,6 +54,7 @@ def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
 def horizon_at(progress: float, most: int) -> int:
     """Curriculum: 4 updates alone at first, growing geometrically to `most` when 80 % of the run
     is done. At first the RNN's own memories are no place to learn from."""
+    # Geometrically, 4 -> 8 -> 16 ..: each doubling takes as long, and most of a run stays cheap.
     return min(most, round(4 * (most / 4) ** min(1.0, progress / 0.8)))
 
 
@@ -73,8 +76,10 @@ def on_policy(rnn: RNN, label: Tensor, x: Tensor, times: Tensor, horizon: int,
     """Ours: the transitions once more, from where the RNN is after up to horizon - 1 updates alone.
     They are what DMT learns from later; here they share a step with everything else, and they do
     not pull at the encoder. (B, n, K, d) -> new memories (B, n-1, K, d), mean square error."""
+    # No graph: where the RNN has come to is given, and the gradient crosses the next update alone.
     own = rnn.own_memories(label, x, times, horizon, gen)
     made = rnn.update(own[:, :-1], x[:, 1:], times[1:])
+    # The label is detached. The encoder shall not move to where an untrained RNN happens to be.
     return made, F.mse_loss(made.float(), label[:, 1:].detach().float())
 
 
@@ -83,6 +88,7 @@ def with_made(m: Tensor, made: list[Tensor], x: Tensor,
     """Ours: what the RNN made must predict, too; that shapes a memory that an RNN can keep. m (B,
     n, K, d) and each of made (B', n-1, K, d), of the first B' sequences -> memories (N, n, K, d) of
     sequences x, y (N, T)."""
+    # An RNN's memories begin after the first update, so the first of a row stays the encoder's.
     few = len(made[0])
     rows = [torch.cat([m[:few, :1], new], dim=1) for new in made]
     x, y = (torch.cat([v] + [v[:few]] * len(made)) for v in (x, y))
@@ -98,6 +104,8 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None,
     m = encoder(x, times)                                               # (B, n, K, d)
     label, x_now = m[few].detach() if cfg.detach_rnn else m[few], x[few][:, times]
     made = [rnn.update(label[:, :-1], x_now[:, 1:], times[1:])]         # all transitions at once
+    # Both sides learn: the RNN to reach the label, the encoder to make labels that one update
+    # reaches.
     dyn = F.mse_loss(made[0].float(), label[:, 1:].float())             # Eq. 3
     if horizon > 1:
         again, error = on_policy(rnn, label, x_now, times, horizon, gen)
@@ -119,6 +127,7 @@ def sequential_layers(c: ModelConfig, horizon: int) -> int:
 @torch.no_grad()
 def hand_over(encoder: Encoder, decoder: Decoder, rnn: RNN) -> None:
     """Give the RNN what SMT does not train: its readout is the decoder, its m_0 = encode([BOS])."""
+    # Given the memory alone the decoder is a readout, so the RNN need not learn one of its own.
     rnn.readout.load_state_dict(decoder.state_dict())
     bos = torch.full((1, 1), encoder.c.vocab - 1, device=rnn.m0.device)
     rnn.m0.copy_(encoder(bos, torch.zeros(1, dtype=torch.int64))[0, 0])
@@ -131,6 +140,8 @@ def main(argv) -> None:
     encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
     heads = Heads(c).to(device) if c.heads else None
     nets = dict(encoder=encoder, decoder=decoder, rnn=rnn) | (dict(heads=heads) if heads else {})
+    # Two groups, whose gradients are clipped apart, as the paper does. Readout and m_0 of the RNN
+    # are copies of the teacher's and not trained.
     teacher = [p for name, net in nets.items() if name != "rnn" for p in net.parameters()]
     trained = [teacher, [*rnn.updater.parameters()]]
     # a causal encoder makes labels for t < Tc alone
@@ -143,6 +154,8 @@ def main(argv) -> None:
         run.set_learning_rate()
         horizon = horizon_at(run.progress, min(cfg.horizon or T, cfg.times or T, T))
         means = {}
+        # Parts of a batch share their times. With one pass for each time, the paper's way, several
+        # parts give a step more times than one.
         for _ in range(cfg.micro):
             x, y = task.batch(cfg.batch_size // cfg.micro, run.gen)             # (B, T) each
             times = sample_times(T, cfg.times, run.gen)                         # (n,)

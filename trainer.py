@@ -54,6 +54,7 @@ def setup(cfg, ckpt: dict | None = None) -> tuple[str, Data]:
 def model_config(cfg, task: Data) -> ModelConfig:
     """Network sizes from flags and data; Tc, Tf and F are cut to the sequence. Raises
     UserError."""
+    # 0 means the whole sequence, and no more than that can be read or predicted.
     cut = lambda n: min(n, task.T) if n else task.T
     if cfg.encoder == "causal" and task.timestamps and cut(cfg.ctx_len) < task.T:
         fail(f"--ctx_len {cfg.ctx_len} is shorter than the sequences of {task.T}, and a causal "
@@ -80,6 +81,9 @@ def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Param
     """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices
     within a network (w_*) and of the GRU's cell, and that AdamW for the rest: embeddings,
     registers, m_0, what ends in logits, biases."""
+    # Muon steps equally far along all directions of a map from stream to stream. The rows of an
+    # embedding or of a last layer are symbols, most of them seldom seen; they shall not all move
+    # equally far.
     rest, matrices = [p for group in trained for p in group], []
     if cfg.optimizer == "muon":
         inside = {id(p) for net in nets.values() for name, p in net.named_parameters()
@@ -108,8 +112,11 @@ class Run:
         self.script, self.cfg, self.nets, self.trained = script, cfg, nets, trained
         self.model, self.task, self.device = model, task, device
         self.optimizers = make_optimizers(cfg, nets, trained, device)
+        # A rollout multiplies the noise that the last few steps left in the weights; their average
+        # has less.
         self.average = [p.detach().clone() for p in self.parameters()] if cfg.ema else []
         self.newest = None  # weights that training goes on with, while the networks hold averages
+        # On the CPU, whatever the device: the same seed gives the same batches everywhere.
         self.gen = torch.Generator().manual_seed(cfg.seed)
         self.step, self.tokens, self.layers = 0, 0, 0  # what was spent, and seconds of it
         self.spent, self.best = 0.0, math.inf
@@ -177,6 +184,7 @@ class Run:
     def look_at_the_clock(self) -> None:
         """How far is the run, and shall it end? Asked once an update and at no other time: the
         questions below, a few milliseconds apart, must agree on whether this turn is the last."""
+        # The part that is done counts whichever limit is nearer, --steps or --minutes.
         c, seconds = self.cfg, time.time() - self.called
         self.progress = min(1.0, max(self.step / c.steps if c.steps else 0.0,
                                      self.elapsed() / 60 / c.minutes if c.minutes else 0.0))
@@ -197,6 +205,7 @@ class Run:
 
     def passed(self, every: int) -> bool:
         """Did this turn of the loop reach a multiple of `every` steps?"""
+        # Not step % every == 0: a turn of DMT makes many steps and may jump over the multiple.
         return bool(every) and self.step // every > self.turn // every
 
     def finish(self) -> None:
@@ -219,6 +228,8 @@ class Run:
 
     def set_learning_rate(self) -> None:
         c, cosine = self.cfg, 0.5 * (1 + math.cos(math.pi * self.progress))
+        # The cosine begins at step 0, not after the warm-up; in that hundredth of a run it falls by
+        # 0.03 %.
         total = c.steps or (self.step + 1) / max(self.progress, 1e-6)  # a clock: a guess
         warmup = c.warmup if c.warmup >= 1 else c.warmup * total
         scale = min(1.0, (self.step + 1) / max(1, warmup))  # step + 1: at rate 0 a step is lost
@@ -235,8 +246,11 @@ class Run:
     def update(self, losses: dict[str, torch.Tensor], tokens: int = 0, layers: int = 0) -> None:
         """One optimiser step with the gradients that are there, and all that follows from it."""
         self.count(tokens, layers)
+        # Summed where they are: to read a number from a GPU after every step would make it wait.
         for k, v in losses.items():
             self.sums[k] = self.sums.get(k, 0.0) + v.detach()
+        # The paper clips teacher and RNN apart. Their gradients have different sizes, and one scale
+        # for both would let the larger decide how far the smaller one steps.
         for group in self.trained:  # each by itself: a burst in one must not shrink another's step
             norm = nn.utils.clip_grad_norm_(group, 1.0)
             self.sums["grad"] = self.sums.get("grad", 0.0) + norm
@@ -263,6 +277,8 @@ class Run:
         seconds = max(self.clock() - self.last_log, 1e-9)
         speed = (self.tokens - self.tokens_logged) / seconds
         self.last_log, self.tokens_logged = self.clock(), self.tokens
+        # All optimisers have the same rate; where there are both a step limit and a clock, the
+        # nearer one ends.
         lr = self.optimizers[0].param_groups[0]["lr"]
         left = [(c.steps - self.step) * seconds / count] * bool(c.steps) + \
             [c.minutes * 60 - self.elapsed()] * bool(c.minutes)
@@ -314,10 +330,16 @@ class Run:
         is evaluated, sampled and saved. Afterwards they hold the newest weights again, whatever
         happened, and training goes on as if nobody had looked."""
         began = self.clock()
+        # A log line sees the losses only every so many steps. One look at the weights finds what
+        # broke since.
         weights = sum(p.detach().float().norm() for p in self.parameters())
         self.demand_finite({"weights": float(weights)})  # or good files would be overwritten
+        # Swap: the average goes into the networks, so that evaluation, samples and files all use it
+        # without knowing. Training must not go on from it, it lags behind; so the newest weights
+        # wait here.
         self.newest = [p.detach().clone() for p in self.parameters()]
         with torch.no_grad():
+            # With --ema 0 there is no average, and the newest weights stay where they are.
             for p, slow in zip(self.parameters(), self.average):
                 p.copy_(slow)
         try:
@@ -339,6 +361,9 @@ class Run:
 
     def save(self) -> None:
         """ckpt.pt: what a user needs, and what the next step needs. Inside averaged()."""
+        # The networks in the file are averages; `newest`, optimisers and generators are for
+        # --resume alone. With all of them a resumed run takes the steps that the uninterrupted one
+        # takes.
         full = self.state() | dict(
             optimizers=[o.state_dict() for o in self.optimizers], newest=self.newest,
             elapsed=self.elapsed(), best=self.best, history=self.history, sums=self.sums,
@@ -392,6 +417,7 @@ def draw_curve(history: list[dict], file) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     no_loss = "step", "seconds", "tokens", "layers", "lr", "grad"
+    # Columns come in the order in which they were first logged; not all rows have all of them.
     losses = [k for k in dict.fromkeys(k for row in history for k in row)
               if k not in no_loss and not k.startswith("val_")]
     panels = {"training": losses,
