@@ -1,0 +1,124 @@
+"""A pretended GPU: "meta" tensors, which have a shape and no values, stand for those on the device;
+CPU tensors are real.
+
+    with PretendedGPU() as gpu:
+        smt.main("--device meta ...".split())       # whole: objective, evaluation, checkpoint
+    gpu.launches, gpu.copies, gpu.questions, gpu.peak
+
+A kernel of CUDA refuses tensors of two devices, and so does this. What is read back from the device
+is zero. Kernels, copies and bytes are counted, not timed.
+"""
+import sys
+import weakref
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+# A CPU tensor may index a tensor of the device, and CUDA copies it there first, while all wait.
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
+           aten._unsafe_index.Tensor}
+FREE = {aten.detach.default, aten.empty.memory_format, aten.empty_like.default,
+        aten._unsafe_view.default, aten.empty_strided.default, aten.new_empty.default}
+
+
+class WrongDevice(RuntimeError):
+    """An operation that CUDA would refuse."""
+
+
+class PretendedGPU(TorchDispatchMode):
+    """Counts, of what happens inside: launches (kernels), copies (from the host, each of which the
+    host waits for unless it was pinned), questions (values that the host waits for), bytes that
+    live on the device and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.copies = self.questions = self.live = self.peak = 0
+        self.known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        on_gpu = any(t.is_meta for t in tensors)
+        wanted = kwargs.get("device")
+        if not on_gpu and not (wanted and torch.device(wanted).type == "meta"):
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            self.questions += 1
+            return torch.zeros((), dtype=tensors[0].dtype).item()
+        if func in (aten._to_copy.default, aten.copy_.default):
+            return self.copy(func, tensors, args, kwargs)
+        self.demand_one_device(func, args, tensors)
+        for t in tensors:
+            self.count_bytes(t)
+        out = aten_fused(func, args, kwargs)
+        views = func.is_view or func in FREE
+        self.launches += not views
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.is_meta:
+                self.count_bytes(t)
+        return out
+
+    def copy(self, func, tensors: list, args: tuple, kwargs: dict):
+        """Between the devices, either way, or on the device."""
+        to = tensors[0] if func is aten.copy_.default else None
+        source = tensors[-1]
+        target = to.device if to is not None else torch.device(kwargs.get("device", source.device))
+        if source.is_meta and target.type != "meta":        # back to the host, which waits
+            self.questions += 1
+            if to is not None:
+                return to.zero_()
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        if not source.is_meta:
+            self.copies += 1
+        else:
+            self.launches += 1
+        if to is None:
+            to = torch.empty_strided(source.shape, source.stride(), device="meta",
+                                     dtype=kwargs.get("dtype") or source.dtype)
+        self.count_bytes(to)
+        return to
+
+    def demand_one_device(self, func, args: tuple, tensors: list) -> None:
+        """As CUDA does: numbers (tensors without dimensions) may stay on the CPU."""
+        if func in INDEXED:
+            if not args[0].is_meta:
+                raise WrongDevice(f"{func}: a CPU tensor, indexed by one of the device")
+            self.copies += sum(not t.is_meta for t in tensors)
+            return
+        if any(not t.is_meta and t.ndim for t in tensors):
+            where = ", ".join(f"{tuple(t.shape)} on {t.device}" for t in tensors)
+            raise WrongDevice(f"{func}: {where}")
+
+    def count_bytes(self, t: Tensor) -> None:
+        """A storage is counted when it is first seen, until the last tensor of it is gone. CUDA
+        hands out multiples of 512 bytes."""
+        if not t.is_meta:
+            return
+        storage = t.untyped_storage()
+        if storage in self.known:
+            return
+        size = -(-storage.nbytes() // 512) * 512
+        self.known[storage] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.free, size)
+
+    def free(self, size: int) -> None:
+        self.live -= size
+
+
+def aten_fused(func, args: tuple, kwargs: dict):
+    """The call itself; fused AdamW has no kernel for tensors without values and changes them in
+    place."""
+    return None if func is aten._fused_adamw_.default else func(*args, **kwargs)
+
+
+def allow_fused_adamw(monkeypatch) -> None:
+    """AdamW asks a list whether a device has a fused kernel; the pretended GPU has one."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("torch.")]:
+        if "_get_fused_kernels_supported_devices" in vars(module):
+            monkeypatch.setattr(module, "_get_fused_kernels_supported_devices",
+                                lambda: ["cuda", "cpu", "meta"])

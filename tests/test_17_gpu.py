@@ -1,0 +1,107 @@
+"""Lesson: nothing is left on the wrong device. Every script runs whole on a pretended GPU, whose
+tensors have shapes and no values, and in bf16, where a wrong dtype fails as a wrong device does."""
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SIZES, TASK
+
+sys.path.append(str(ROOT / "results" / "gpu"))
+pretend = pytest.importorskip("pretend", reason="PyTorch moved its dispatch modes",
+                              exc_type=ImportError)
+
+SCRIPTS = "smt", "dmt", "bptt", "bench", "transformer"
+RUN = "--preset laptop --batch_size 4 --n_val 4 --eval_every 0 --ckpt_every 0 --device {device}"
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Curves are drawn from numbers and see no device; they would take half of the time."""
+    monkeypatch.setattr("trainer.draw_curve", lambda *a: None)
+    monkeypatch.setattr("evaluate.draw", lambda *a: None)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU; inside, --device meta means it."""
+    pretend.allow_fused_adamw(monkeypatch)
+    return pretend.PretendedGPU()
+
+
+def whole_path(command, folder, device, more=""):
+    """Each script once: objective, evaluation, samples, checkpoint, resume."""
+    def run(line):
+        code, out, err = command(line.replace("{device}", device))
+        assert code == 0, err
+        return out
+
+    run(f"smt.py {TASK} {SIZES} {RUN} {more} --steps 2 --out_dir {folder}/smt")
+    run(f"smt.py --resume --steps 3 --out_dir {folder}/smt")
+    run(f"dmt.py --ckpt {folder}/smt/ckpt.pt {RUN} --steps 2 --span 3 --out_dir {folder}/dmt")
+    run(f"dmt.py --resume --steps 3 --out_dir {folder}/dmt")
+    run(f"bptt.py --init {folder}/dmt/ckpt.pt {RUN} --steps 1 --recompute 3 --out_dir {folder}/b")
+    run(f"bptt.py {TASK} {SIZES} {RUN} --steps 2 --truncate 3 --out_dir {folder}/bptt")
+    run(f"bptt.py --resume --steps 3 --out_dir {folder}/bptt")
+    run(f"sample.py --ckpt {folder}/dmt/ckpt.pt --device {device}")
+    return json.loads(run(f"evaluate.py --ckpt {folder}/dmt/ckpt.pt --n_test 4 --device {device} "
+                          "--json"))
+
+
+@pytest.mark.parametrize("encoder, rnn", [("causal", "transformer"), ("causal", "mlp"),
+                                          ("bidirectional", "gru")])
+def test_every_script_on_a_pretended_gpu(command, gpu, tmp_path, encoder, rnn):
+    """Training, evaluation, samples, checkpoint and resume; and the kernels were asked for, so the
+    run did not quietly happen on the CPU."""
+    with gpu:
+        result = whole_path(command, tmp_path, "meta", f"--encoder {encoder} --rnn {rnn}")
+    assert result["teacher"] is not None and gpu.launches > 1000
+
+
+def test_pictures_text_and_the_benchmark_on_a_pretended_gpu(command, gpu, tmp_path, monkeypatch):
+    """What tasks without pictures do not reach: drawing, completing, continuing a text."""
+    monkeypatch.setattr("bench.interleaved", lambda ways, *a: {name: (1.0, way())
+                                                               for name, way in ways.items()})
+    lines = (f"smt.py --dataset glyphs --image_size 8 {SIZES} {RUN} --steps 1 --out_dir {{d}}/g",
+             "sample.py --ckpt {d}/g/ckpt.pt --n 2 --prefix --out {d}/s.png --device {device}",
+             f"smt.py --dataset pydoc --length 12 {SIZES} {RUN} --steps 1 --out_dir {{d}}/p",
+             "sample.py --ckpt {d}/p/ckpt.pt --n 1 --chars 5 --prompt a --device {device}",
+             f"transformer.py {TASK} --d_model 16 {RUN} --steps 2 --out_dir {{d}}/t",
+             "bench.py --dataset modular --seconds 0 --threads 1 --json --device {device}")
+    with gpu:
+        for line in lines:
+            code, _, err = command(line, d=tmp_path, device="meta")
+            assert code == 0, err
+
+
+def on_cpu(function):
+    """The same function, whose result a careless edit left on the CPU."""
+    def wrong(*a, **k):
+        out = function(*a, **k)
+        back = lambda v: torch.zeros(v.shape, dtype=v.dtype)
+        return tuple(map(back, out)) if isinstance(out, tuple) else back(out)
+    return wrong
+
+
+@pytest.mark.parametrize("place", ["model.rope", "model.norm", "losses.next_targets", "losses.draw",
+                                   "smt.with_made", "muon.orthogonalize"])
+def test_a_tensor_left_behind_is_found(place, gpu, monkeypatch, tmp_path):
+    """Faults planted in networks, losses, objective and optimiser: each run fails."""
+    module, name = place.split(".")
+    module = importlib.import_module(module)
+    monkeypatch.setattr(module, name, on_cpu(getattr(module, name)))
+    run = f"{TASK} {SIZES} {RUN} --steps 1 --out_dir {tmp_path}".format(device="meta")
+    with gpu, pytest.raises(pretend.WrongDevice):
+        importlib.import_module("smt").main(run.split())
+
+
+def test_every_script_in_bf16(command, monkeypatch, tmp_path):
+    """Autocast as on CUDA, on real CPU tensors: no operation meets two dtypes, and numbers stay
+    finite."""
+    for name in SCRIPTS + ("evaluate", "sample"):
+        monkeypatch.setattr(importlib.import_module(name), "autocast",
+                            lambda device: torch.autocast("cpu", torch.bfloat16))
+    for rnn in ("transformer", "mlp", "gru"):
+        result = whole_path(command, tmp_path / rnn, "cpu", f"--rnn {rnn}")
+        assert result["rollout"] < 10
