@@ -78,7 +78,7 @@ class Bench:
         config = functools.partial(flags.config, preset=preset, dataset=dataset, data_dir=data_dir,
                                    **task)
         self.smt = config("smt", smt.Config, lr=1e-5)  # a benchmark goes nowhere
-        self.dmt = config("dmt", dmt.Config)
+        self.dmt, self.of_bptt = config("dmt", dmt.Config), config("bptt", bptt.Config)
         # a graph over a whole rollout: the reference has no memory for DMT's large batches
         self.dmt.batch_size = min(self.dmt.batch_size, self.smt.batch_size)
         self.task = flags.load_data(vars(self.smt), device)
@@ -113,7 +113,7 @@ class Bench:
             cfg = dataclasses.replace(cfg, times=2, rnn_batch=0, decode_own=False, first=0.0,
                                       futures=cfg.batch_size)
         x, y = self.task.batch(cfg.batch_size, self.gen)
-        times = smt.sample_times(self.task.T, cfg.times, self.gen).to(self.device)
+        times = smt.sample_times(self.task.T, cfg.times, self.gen)
         horizon = min(cfg.horizon or len(times), len(times)) if on_policy else 1
         with autocast(self.device):
             losses = smt.objective(self.encoder, self.decoder, self.rnn, heads, x, y, times,
@@ -160,7 +160,7 @@ class Bench:
         """One step of bptt.py; its transitions have no labels of their own."""
         x, y = self.task.batch(self.smt.batch_size, self.gen)
         with autocast(self.device):
-            loss = bptt.objective(self.rnn, None, x, y, 0)[0]["loss"]
+            loss = bptt.objective(self.rnn, None, x, y, 0, self.of_bptt.recompute)[0]["loss"]
         self.learn(loss, self.optimizers)
         return len(x) * (self.task.T - 1)
 

@@ -51,7 +51,12 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
         m, t = own[-1][:, -1], t + part.shape[1]
     # Only the updates had to wait for each other: all memories are read out at once.
     own = torch.cat(own, dim=1)                                                 # (B, S, K, d)
-    loss = cross_entropy(rnn.logits(own), y)
+    if recompute:  # a readout of all memories at once would keep more than the whole rollout
+        logits = torch.cat([checkpoint(rnn.logits, part, use_reentrant=False)
+                            for part in own.split(recompute, dim=1)], dim=1)
+    else:
+        logits = rnn.logits(own)
+    loss = cross_entropy(logits, y)
     return dict(loss=loss), own[:, -1]
 
 
@@ -100,7 +105,8 @@ def main(argv) -> None:
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16,
+                                   fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():

@@ -40,6 +40,9 @@ def demand(name: str, value: float, low: float, high: float) -> None:
 
 def pick_device(name: str) -> str:
     """"auto" -> cuda, mps or cpu; anything else is tried. Raises UserError."""
+    # cuDNN's attention makes a plan for each shape it meets, for a tenth of a second or more, and a
+    # curriculum meets hundreds of shapes; the other kernels make none
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         return ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -67,10 +70,11 @@ def cli(main) -> None:
     except KeyboardInterrupt:  # a training run saves first; here there was nothing to save yet
         line, code = "interrupted", 130
     except (MemoryError, RuntimeError) as e:
-        signs = "out of memory", "allocate memory", "enough memory", "overflow"
+        signs = "out of memory", "allocate memory", "enough memory", "ALLOC_FAILED", "overflow"
         if not any(s in str(e) for s in signs) and type(e) is not MemoryError:
             raise
-        line = f"out of memory ({str(e)[:200]}); give smaller numbers, --batch_size or sizes"
+        line = f"out of memory ({str(e)[:200]}); give a smaller --batch_size or smaller sizes, " \
+            "and bptt.py --recompute 28"
         code = 2
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)

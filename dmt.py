@@ -22,7 +22,7 @@ from console import cli, fail
 from evaluate import evaluate, summary
 from flags import flag
 from losses import predictive
-from model import RNN, Encoder, Heads, ModelConfig, autocast, build
+from model import RNN, Encoder, Heads, ModelConfig, autocast, build, on_device
 from sample import draw_samples
 
 
@@ -68,8 +68,8 @@ def choose_spans(n: int, T: int, span: int, reuse: int, gen: torch.Generator) ->
 
 
 def objective(rnn: RNN, heads: Heads | None, own: Tensor, labels: Tensor, x: Tensor, y: Tensor,
-              b: Tensor, t: Tensor, variance: Tensor, cfg: Config,
-              gen: torch.Generator) -> dict[str, Tensor]:
+              b: Tensor, t: Tensor, variance: Tensor, cfg: Config, gen: torch.Generator,
+              density: float = 1.0) -> dict[str, Tensor]:
     """Eq. 6 and Eq. 2 on N spans -> named scalars. Span i begins with the update at time t (N,) of
     sequence b (N,) of x, y (B, T), from the RNN's own memory there; own, labels (B, T, K, d)."""
     when = t[:, None] + torch.arange(cfg.span, device=t.device)                 # (N, S)
@@ -80,7 +80,8 @@ def objective(rnn: RNN, heads: Heads | None, own: Tensor, labels: Tensor, x: Ten
     # The paper's way: predictions teach the readout to read, and the updater learns from Eq. 6
     # alone.
     read = made.detach() if cfg.detach_dec else made
-    dec = predictive(rnn.readout, heads, read, when, x[b], y[b], cfg, gen, ends=True)   # Eq. 2
+    dec = predictive(rnn.readout, heads, read, when, x[b], y[b], cfg, gen, density,
+                     ends=True)                                                 # Eq. 2
     return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec
 
 
@@ -150,13 +151,13 @@ def main(argv) -> None:
         # gives many more transitions than a step needs. They age a little until the next round;
         # --reuse says how much.
         # the steps that learn from it: random spans, in parallel over time
-        todo = choose_spans(len(x), T, cfg.span, cfg.reuse, run.gen).to(device)
+        todo = on_device(choose_spans(len(x), T, cfg.span, cfg.reuse, run.gen), device)
         steps = max(1, len(todo) // cfg.spans) if cfg.reuse else 1
         for pick in todo[:steps * cfg.spans].split(cfg.spans):
             run.set_learning_rate()
             with autocast(device):
                 losses = objective(rnn, heads, own, labels, x, y, *pick.unbind(1), variance, cfg,
-                                   run.gen)
+                                   run.gen, task.density)
             losses["loss"].backward()
             run.update(losses, layers=layers_of_step)
             if run.done:
@@ -167,7 +168,8 @@ def main(argv) -> None:
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16,
+                                   fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():

@@ -11,9 +11,10 @@
     window     with --length: the teacher again, reading no more than it did in training; the other
                teacher reads everything, at positions that it was never trained on
 
-The gap between the three is the method. Prints a table (or JSON alone) and writes evaluation.png
-beside the checkpoint.
+The gap between the three is the method. All is computed in fp32, on every device. Prints a table
+(or JSON alone) and writes evaluation.png beside the checkpoint.
 """
+import contextlib
 import json
 import math
 import os
@@ -27,8 +28,11 @@ import flags
 from console import MOST_THREADS, cli, demand, fail, parser, pick_device
 from data import OPTIONS, bayes
 from losses import futures
-from model import ROWS, RNN, Decoder, Encoder, autocast, build
+from model import ROWS, RNN, Decoder, Encoder, autocast, build, on_device
 from sources.files import Data, written_whole
+
+# MPS has no float64, where sums over millions of numbers keep their digits
+exact = lambda v: v.float() if v.device.type == "mps" else v.double()
 
 COLUMNS = ("teacher", "one_step", "rollout", "window")
 
@@ -63,10 +67,10 @@ class Score:
 
     def mean(self, name: str) -> float | None:
         values = getattr(self, name)
-        return float(torch.cat(values).double().mean()) if values else None
+        return float(exact(torch.cat(values)).mean()) if values else None
 
     def stderr(self) -> float | None:
-        values = torch.cat(self.nats).double()
+        values = exact(torch.cat(self.nats))
         return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
@@ -96,7 +100,7 @@ def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None, Tc: int = 0) -
     T = min(x.shape[1], encoder.c.ctx_len) if encoder.c.encoder == "causal" else x.shape[1]
     x, times = x[:, :T], torch.arange(T)
     m = encoder(x, times)
-    made = rnn.update(m[:, :-1], x[:, 1:], times[1:].to(x.device))
+    made = rnn.update(m[:, :-1], x[:, 1:], on_device(times[1:], x.device))
     one = torch.cat([rnn.start(len(x))[:, None], made], dim=1)
     return Memories(m, one, own, windowed(encoder, x, Tc) if Tc else None)
 
@@ -124,13 +128,13 @@ class Drift:
         self.error, self.error_one = 0.0, 0.0                # (T,) of rollout and one step
 
     def add(self, m: Memories) -> None:
-        flat = m.label.flatten(0, 1).flatten(1).double()                        # (B T, K d)
+        flat = exact(m.label.flatten(0, 1).flatten(1))                          # (B T, K d)
         self.rows += len(flat)
         self.total = self.total + flat.sum(0)
         self.squares += float(flat.square().sum())
         own = m.own[:, :m.label.shape[1]]
-        self.error = self.error + (own - m.label).double().square().sum((0, 2, 3))
-        self.error_one = self.error_one + (m.one_step - m.label).double().square().sum((0, 2, 3))
+        self.error = self.error + exact(own - m.label).square().sum((0, 2, 3))
+        self.error_one = self.error_one + exact(m.one_step - m.label).square().sum((0, 2, 3))
 
     def numbers(self) -> dict:
         """1 - R^2 by time and overall, with one variance over all (sequence, t)."""
@@ -164,23 +168,26 @@ def kl_of_futures(decoder: Decoder, m: Memories, x: Tensor, y: Tensor, few: int)
 @torch.no_grad()
 def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
              decoder: Decoder | None = None, split: str = "test", n: int | None = None,
-             kl_sequences: int = 64, Tc: int = 0) -> dict:
+             kl_sequences: int = 64, Tc: int = 0, fast: bool = False) -> dict:
     """A dict with the keys of the JSON output, None where one does not apply.
 
     encoder and decoder are the teacher (None for a BPTT run from scratch); rnn is None and decoder
     a plain language model for results/yardstick/transformer.py. The first n sequences of `split`.
-    Uses no random numbers.
+    `fast` is for a look during training: bf16 where training uses it. Uses no random numbers.
     """
     held = task.held_out(split, n)
     c, N = (rnn or decoder).c, len(held["x"])
     scores = {name: Score(task.image is not None, task.late_from) for name in COLUMNS}
     drift, kl, targets = Drift(), 0.0, 0
-    # all times at once: 800 MB of memories, and no more rows than a kernel takes
-    batch = max(1, min(100, ROWS // task.T, int(2e8) // (task.T * c.mem_tokens * c.mem_dim)))
+    device, size = str(held["x"].device), task.T * c.mem_tokens * c.mem_dim
+    # All times at once: 800 MB of memories. On a GPU a rollout takes as long for many sequences as
+    # for few, so twice that.
+    batch = min(100, ROWS // task.T, int(2e8) // size)
+    batch = max(1, min(1000, int(4e8) // size) if device.startswith("cuda") else batch)
     for i in range(0, N, batch):
         x, y, *extra = (v if v is None else v[i:i + batch]
                         for v in (held["x"], held["y"], held["clean"], held["posterior"]))
-        with autocast(str(x.device)):
+        with autocast(device) if fast else contextlib.nullcontext():
             m = memories(x, rnn, encoder, Tc)
             for name, logits in predictions(x, m, rnn, decoder).items():
                 L = logits.shape[1]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Decoder, Heads
+from model import Decoder, Heads, on_device
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -63,20 +63,24 @@ def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     Systematic sampling: one random offset, then even steps through the cumulated scores. It draws
     evenly, always n rows, and asks the device for nothing.
     """
-    share = score.double() + 1e-30  # all zero: no place is special
+    exact = torch.float32 if score.device.type == "mps" else torch.float64  # Apple's has no more
+    share = score.to(exact) + 1e-30  # all zero: no place is special
     share = share / share.sum()
     # an offset in (0, 1] finds a row whose score moves the sum, never one of score 0 at either end
     up_to, offset = share.cumsum(0), 1 - torch.rand((), generator=gen).item()
-    even = (torch.arange(n, device=score.device, dtype=torch.float64) + offset) / n
+    even = (torch.arange(n, device=score.device, dtype=exact) + offset) / n
     rows = torch.searchsorted(up_to, even * up_to[-1]).clamp(max=len(score) - 1)  # NaN goes on
     return rows, (1 / (len(score) * share[rows])).float()
 
 
 def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: Tensor, y: Tensor,
-               cfg, gen: torch.Generator, ends: bool = False) -> dict[str, Tensor]:
+               cfg, gen: torch.Generator, density: float = 1.0,
+               ends: bool = False) -> dict[str, Tensor]:
     """L_dec, Eq. 2: memories m (N, S, K, d) at times t (N, S) of sequences x, y (N, T) int64 must
     predict. Named scalars; "dec" is their sum, the futures' weight --lambda_fut. `decoder` is the
-    teacher's, or the RNN's readout. `ends`: the futures are those of the last memories, m[:, -1].
+    teacher's, or the RNN's readout. `density` is the part of all times that have a target, about
+    (to count them would mean to wait for a GPU). `ends`: the futures are those of the last
+    memories, m[:, -1].
     """
     out, target = {}, y.gather(1, t).flatten()
     valid = (target >= 0).float()
@@ -93,7 +97,7 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     if cfg.first:
         # A pixel of the margin teaches nothing: decode where the guess goes wrong, weigh by how
         # seldom that is, and what is expected stays the mean over all. The 0.2 bounds the weights.
-        some, weight = draw(wrong, max(1, round(cfg.first * float(valid.sum()))), gen)
+        some, weight = draw(wrong, max(1, round(cfg.first * density * len(rows))), gen)
         logits = decoder(rows[some])[:, 0].float()
         nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
         out["first"] = (weight * nats).mean() / valid.mean().clamp(min=1e-9)
@@ -103,7 +107,7 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
             # The first spans are as good as any: they come in random order.
             some = torch.arange(len(t), device=m.device)[:cfg.futures] * S + S - 1
         else:
-            some = torch.randperm(len(rows), generator=gen)[:cfg.futures].to(m.device)
+            some = on_device(torch.randperm(len(rows), generator=gen)[:cfg.futures], m.device)
         n, now = some // S, t.flatten()[some]
         x_fut, y_fut = futures(x, y, n, now, decoder.c.fut_len)
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)

@@ -32,6 +32,7 @@ The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/te
     decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the last token before.
 """
 import contextlib
+import functools
 import math
 import os
 import warnings
@@ -75,11 +76,39 @@ class ModelConfig:
 ROWS = 16_384  # of one call; CUDA's attention kernels take 65,535 at most
 
 
+def in_chunks(net, *rows: Tensor | None) -> Tensor:
+    """net(*rows) for tensors of equally many rows, or None: at most ROWS of them a call."""
+    n = len(rows[0])
+    if n <= ROWS:
+        return net(*rows)
+    return torch.cat([net(*(v if v is None else v[i:i + ROWS] for v in rows))
+                      for i in range(0, n, ROWS)])
+
+
 def autocast(device: str):
     """bf16 on CUDA; fp32 elsewhere (bf16 is slower than fp32 on the CPUs tried)."""
     if device.startswith("cuda"):
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def in_autocast(device: torch.device) -> bool:
+    return device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
+
+
+def fp32(device: torch.device):
+    """Inside, no autocast: for what bf16 would blur."""
+    if in_autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def on_device(v: Tensor, device: torch.device | str) -> Tensor:
+    """v, made on the CPU, on the device. From pinned memory, so that a CUDA GPU fetches it when it
+    gets there and nobody waits."""
+    if str(device).startswith("cuda"):
+        return v.pin_memory().to(device, non_blocking=True)
+    return v.to(device)
 
 
 def norm(h: Tensor) -> Tensor:
@@ -92,6 +121,21 @@ def rope(pos: Tensor, hd: int) -> tuple[Tensor, Tensor]:
     freq = 10000.0 ** (-torch.arange(0, hd, 2, device=pos.device, dtype=torch.float32) / hd)
     angle = pos.float()[:, None] * freq
     return angle.cos(), angle.sin()
+
+
+# Every layer of every update of a rollout asks for the same few; made anew they would be a tenth of
+# all kernels.
+@functools.lru_cache(1024)
+def angles_of(S: int, hd: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """rope of the positions 0 .. S - 1."""
+    cos, sin = rope(torch.arange(S, device=device), hd)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def angles_for(h: Tensor, block: nn.Module) -> tuple[Tensor, Tensor]:
+    """The angles of h (N, S, d) in the dtype in which `block` will rotate."""
+    kind = torch.get_autocast_dtype(h.device.type) if in_autocast(h.device) else h.dtype
+    return angles_of(h.shape[1], block.hd, h.device, kind)
 
 
 def resize(width: int, new: int) -> nn.Module:
@@ -121,7 +165,7 @@ class Block(nn.Module):
         """h (N, S, d) -> queries, keys (rotated by `angles`) and values, each (N, H, S, hd)."""
         N, S, _ = h.shape
         q, k, v = self.w_qkv(norm(h)).view(N, S, 3, self.H, self.hd).permute(2, 0, 3, 1, 4)
-        cos, sin = (a.to(q.dtype) for a in angles)
+        cos, sin = angles
         a, b = torch.stack([q, k]).chunk(2, dim=-1)                     # (2, N, H, S, hd/2) each
         q, k = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
         return q, k, v
@@ -179,10 +223,13 @@ class Encoder(nn.Module):
             self.w_memory = nn.Linear(c.d_model, c.mem_tokens * c.mem_dim, bias=False)
 
     def forward(self, x: Tensor, times: Tensor | None = None) -> Tensor:
-        """Memories of x (B, T) int64 at `times` (n,) int64, None = all T -> (B, n, K, d)."""
+        """Memories of x (B, T) int64 at `times`, None = all T -> (B, n, K, d). times (n,) int64
+        ascend, and are on the CPU: nobody shall wait for a GPU to say them."""
         if self.c.encoder == "causal":
             m = self.encode_all(x if times is None else x[:, :int(times.max()) + 1])
-            return m if times is None else m[:, times.to(x.device)]
+            # all of them need no index, whose gradient would be a scatter
+            return m if times is None or len(times) == m.shape[1] else \
+                m[:, on_device(times, x.device)]
         times = torch.arange(x.shape[1]) if times is None else times
         return torch.stack([self.encode_window(x, t) for t in times.tolist()], dim=1)
 
@@ -192,7 +239,8 @@ class Encoder(nn.Module):
             f"causal labels exist for t < Tc = {self.c.ctx_len}, asked for t = {x.shape[1] - 1}; " \
             "raise --ctx_len"
         when = torch.arange(x.shape[1], device=x.device)
-        h, angles = self.event(x, when), rope(when, self.blocks[0].hd)
+        h = self.event(x, when)
+        angles = angles_for(h, self.blocks[0])
         for block in self.blocks:
             h = block(h, angles, causal=True)
         return norm(self.w_memory(norm(h)).unflatten(-1, (self.c.mem_tokens, self.c.mem_dim)))
@@ -203,7 +251,7 @@ class Encoder(nn.Module):
         when = torch.arange(start, t + 1, device=x.device)
         registers = self.registers.expand(len(x), -1, -1)
         h = torch.cat([self.event(x[:, start:t + 1], when), registers], dim=1)
-        angles = rope(torch.arange(h.shape[1], device=x.device), self.blocks[0].hd)
+        angles = angles_for(h, self.blocks[0])
         for block in self.blocks:
             h = block(h, angles)
         return norm(self.w_memory(h[:, t + 1 - start:]))
@@ -229,19 +277,21 @@ class Decoder(nn.Module):
         Returns logits (N, 1 + F, V) of y_t .. y_{t+F}; without memory (K = 0) logits (N, F, V) of
         y_{t+1} .. .
         """
+        if len(m) > ROWS:
+            return in_chunks(self, m, x_fut, t)
         h, K = self.w_read(m), m.shape[1]
         if x_fut is not None:
             when = t[:, None] + 1 + torch.arange(x_fut.shape[1], device=m.device)
             when = when.clamp(max=self.c.T - 1)  # past the end: padding
             h = torch.cat([h, self.event(x_fut, when)], dim=1)
-        angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
+        angles = angles_for(h, self.blocks[0])
         for block in self.blocks[:-1]:
             h = block(h, angles, causal=True)
         # the last layer has no use for the outputs of the first K - 1 memory tokens
         first, block = max(K - 1, 0), self.blocks[-1]
         q, k, v = block.qkv(h, angles)
         mask = None
-        if first:
+        if first and h.shape[1] > K:  # the readout's one query, the last token, may look at all
             mask = torch.ones(h.shape[1] - first, h.shape[1], dtype=torch.bool, device=m.device)
             mask = mask.tril(first)
         h = block.mix(h[:, first:], q[:, :, first:], k, v, mask, causal=not first)
@@ -260,7 +310,7 @@ class TransformerUpdater(nn.Module):
 
     def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
         h = torch.cat([self.w_read(m), self.event(x, t)[:, None]], dim=1)      # (N, K + 1, d)
-        angles = rope(torch.arange(h.shape[1], device=m.device), self.blocks[0].hd)
+        angles = angles_for(h, self.blocks[0])
         for block in self.blocks:
             h = block(h, angles)
         return self.w_write(h[:, :-1])
@@ -297,7 +347,9 @@ class GRUUpdater(nn.Module):
         self.cell = nn.GRUCell(c.d_model, c.mem_tokens * c.mem_dim)
 
     def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return self.cell(self.event(x, t), m.flatten(1)).view_as(m)
+        # The memory is carried from step to step: bf16 would round off every small change of it
+        with fp32(m.device):
+            return self.cell(self.event(x, t).float(), m.float().flatten(1)).view_as(m)
 
 
 UPDATERS = {"transformer": TransformerUpdater, "mlp": MLPUpdater, "gru": GRUUpdater}
@@ -321,18 +373,17 @@ class RNN(nn.Module):
     def update(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """m_t from m_{t-1} (..., K, d), x_t (...) int64 and t int64, which may lack leading
         dimensions (Eq. 1); RMS-normalised per token. All rows at once, whatever their times."""
-        rows = self.updater(m.flatten(0, -3), x.flatten(), t.expand_as(x).flatten())
+        rows = in_chunks(self.updater, m.flatten(0, -3), x.flatten(), t.expand_as(x).flatten())
         return norm(rows).unflatten(0, m.shape[:-2])
 
     def logits(self, m: Tensor) -> Tensor:
         """Logits of y_t from m_t: (..., K, d) -> (..., V)."""
-        rows = m.flatten(0, -3).split(ROWS)
-        return torch.cat([self.readout(m)[:, 0] for m in rows]).unflatten(0, m.shape[:-2])
+        return self.readout(m.flatten(0, -3))[:, 0].unflatten(0, m.shape[:-2])
 
     def rollout(self, m: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """Own memories on data inputs: from m = m_{t-1} (B, K, d) read x (B, S) =
         x_t .. x_{t+S-1} -> (B, S, K, d). t is one time, or one for each row (B,)."""
-        t, out = torch.as_tensor(t, device=x.device), []
+        t, out = torch.full((), t, device=x.device) if isinstance(t, int) else t, []
         for i in range(x.shape[1]):
             m = self.update(m, x[:, i], t + i)
             out.append(m)
@@ -360,13 +411,15 @@ class RNN(nn.Module):
         the label holds, no later input brings that back, and whoever learns from there learns to
         forget.
         """
-        n, times = x.shape[1], times.to(x.device)
+        n, times = x.shape[1], on_device(times, x.device)
         horizon, own = min(horizon, n), labels.detach().clone()
 
         def run(before: slice, now: slice) -> None:
             m = self.update(own[:, before], x[:, now], times[now]).to(own.dtype)
-            lost = (m - labels[:, now]).square().mean((2, 3), keepdim=True) > tube
-            own[:, now] = torch.where(lost, labels[:, now], m)
+            if tube < math.inf:
+                lost = (m - labels[:, now]).square().mean((2, 3), keepdim=True) > tube
+                m = torch.where(lost, labels[:, now], m)
+            own[:, now] = m
 
         if sweeps:
             for _ in range(horizon - 1):

@@ -78,11 +78,20 @@ PRESETS["gpu"] = {  # the paper's widths and depths, with the laptop's cheap lab
     #                     SMT           DMT           BPTT
     "lr":                (1e-3,         3e-4,         3e-4),
     "warmup": 200,
-    "batch_size":        (128,          64,           128),
+    "batch_size":        (64,           64,           128),
+    # A rollout is hundreds of kernels an update, one after another, and takes as long for many rows
+    # as for few: short ones in SMT, large spans after each one in DMT
+    "rnn_batch":         (4,            _,            _),
+    "horizon":           (32,           0,            _),
+    "first":             (0.1,          0.25,         _),
+    "futures":           (128,          128,          _),
+    "spans":             (_,            512,          _),
+    "recompute":         (_,            _,            28),
     "minutes":           (12.0,         5.0,          17.0),
-    "log_every": 50,
-    "eval_every": 500,
-    "ckpt_every": 500,
+    "log_every":         (50,           20,           5),
+    # a validation is a rollout too: some seconds, as long as a few steps of BPTT
+    "eval_every":        (2000,         500,          50),
+    "ckpt_every":        (1000,         250,          25),
 }
 
 PRESETS["paper"] = {

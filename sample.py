@@ -18,7 +18,7 @@ from torch import Tensor
 import flags
 from console import cli, demand, fail, parser, pick_device
 from data import TEXTS, sequences_to_images
-from model import RNN, autocast, build
+from model import RNN, autocast, build, on_device
 from sources import text
 from sources.files import Data, written_whole
 from sources.images import grid, save_png
@@ -48,13 +48,14 @@ def generate(rnn: RNN, n: int, T: int, gen: torch.Generator, temperature: float 
     """
     device = rnn.m0.device
     m, out = rnn.start(n), torch.zeros(n, T, dtype=torch.int64)
-    for t in range(T):
-        with autocast(str(device)):
+    with autocast(str(device)):  # around the loop: here every weight is cast once
+        for t in range(T):
             if t:
-                m = rnn.update(m, out[:, t - 1].to(device), torch.full((n,), t, device=device))
+                now = torch.full((n,), t, device=device)
+                m = rnn.update(m, on_device(out[:, t - 1], device), now)
             out[:, t] = pick(rnn.logits(m), temperature, top_k, gen)
-        if given is not None:
-            out[:, t] = torch.where(t < known, given[:, t], out[:, t])
+            if given is not None:
+                out[:, t] = torch.where(t < known, given[:, t], out[:, t])
     return out
 
 

@@ -20,7 +20,7 @@ from console import cli
 from evaluate import evaluate, summary
 from flags import flag
 from losses import predictive
-from model import RNN, Decoder, Encoder, Heads, ModelConfig, autocast
+from model import RNN, Decoder, Encoder, Heads, ModelConfig, autocast, fp32, on_device
 from sample import draw_samples
 
 
@@ -64,10 +64,11 @@ def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
     lower when spread."""
     m = m.flatten(0, -2)
     # 262,144 pairs; all 1,536 tokens of a laptop's step have 2.4 million, and GPU steps far more
-    pick = torch.randint(len(m), (min(most, len(m)),), generator=gen).to(m.device)
+    pick = on_device(torch.randint(len(m), (min(most, len(m)),), generator=gen), m.device)
     unit = F.normalize(m[pick].float(), dim=-1)
     same = pick[:, None] == pick  # the same token twice is no pair
-    distance = (2 - 2 * unit @ unit.T).masked_fill(same, torch.inf)
+    with fp32(m.device):  # close tokens differ in digits that bf16 does not have
+        distance = (2 - 2 * unit @ unit.T).masked_fill(same, torch.inf)
     return torch.logsumexp(-2 * distance.flatten(), 0) - (~same).sum().clamp(min=1).log()
 
 
@@ -97,11 +98,12 @@ def with_made(m: Tensor, made: list[Tensor], x: Tensor,
 
 def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None, x: Tensor,
               y: Tensor, times: Tensor, horizon: int, cfg: Config,
-              gen: torch.Generator) -> dict[str, Tensor]:
-    """Eq. 2-5 on x, y (B, T) int64 at consecutive `times` (n,) -> named scalars; "loss" is Eq. 5.
-    The RNN learns on the first --rnn_batch sequences; horizon 1 leaves out what is on-policy."""
+              gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
+    """Eq. 2-5 on x, y (B, T) int64 at consecutive `times` (n,), on the CPU -> named scalars; "loss"
+    is Eq. 5. The RNN learns on the first --rnn_batch sequences; horizon 1 leaves out what is
+    on-policy; `density` is losses.predictive's."""
     few = slice(cfg.rnn_batch or None)
-    m = encoder(x, times)                                               # (B, n, K, d)
+    m, times = encoder(x, times), on_device(times, x.device)            # (B, n, K, d)
     label, x_now = m[few].detach() if cfg.detach_rnn else m[few], x[few][:, times]
     made = [rnn.update(label[:, :-1], x_now[:, 1:], times[1:])]         # all transitions at once
     # Both sides learn: the RNN to reach the label, the encoder to make labels that one update
@@ -112,7 +114,8 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None,
         made, dyn = [*made, again], (dyn + error) / 2
     unif = uniformity(m, gen)                                           # Eq. 4
     read, x, y = with_made(m, made, x, y) if cfg.decode_own else (m, x, y)
-    dec = predictive(decoder, heads, read, times.expand(len(x), -1), x, y, cfg, gen)    # Eq. 2
+    dec = predictive(decoder, heads, read, times.expand(len(x), -1), x, y, cfg, gen,
+                     density)                                           # Eq. 2
     loss = cfg.lambda_dec * dec["dec"] + cfg.lambda_dyn * dyn + cfg.lambda_unif * unif  # Eq. 5
     spread = m.detach().float().var((0, 1), correction=0).mean()        # 0: memory has collapsed
     return dict(loss=loss, dyn=dyn, unif=unif, variance=spread) | dec
@@ -160,8 +163,8 @@ def main(argv) -> None:
             x, y = task.batch(cfg.batch_size // cfg.micro, run.gen)             # (B, T) each
             times = sample_times(T, cfg.times, run.gen)                         # (n,)
             with autocast(device):
-                losses = objective(encoder, decoder, rnn, heads, x, y, times.to(device), horizon,
-                                   cfg, run.gen)
+                losses = objective(encoder, decoder, rnn, heads, x, y, times, horizon, cfg,
+                                   run.gen, task.density)
             (losses["loss"] / cfg.micro).backward()
             means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
         run.update(means, cfg.batch_size * task.T, sequential_layers(c, horizon))
@@ -171,7 +174,8 @@ def main(argv) -> None:
             with run.averaged():
                 hand_over(encoder, decoder, rnn)
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16)
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16,
+                                   fast=True)
                     run.report(summary(got), best="one_step")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():

@@ -71,6 +71,9 @@ def model_config(cfg, task: Data) -> ModelConfig:
 def compile_blocks(nets: dict[str, nn.Module]) -> None:
     """torch.compile both halves of every Transformer block, once for all lengths; state_dict keeps
     its names."""
+    # All blocks share one code, compiled anew for each mixture of widths, mask, graph and dtype;
+    # torch gives up after 8
+    torch._dynamo.config.recompile_limit = 64
     for block in (b for net in nets.values() for b in net.modules() if hasattr(b, "w_qkv")):
         block.qkv = torch.compile(block.qkv, dynamic=True)
         block.mix = torch.compile(block.mix, dynamic=True)
@@ -156,7 +159,7 @@ class Run:
         with contextlib.suppress(OSError):  # git may be absent
             commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"],
                                     capture_output=True, text=True).stdout.strip()
-        machine = torch.cuda.get_device_name() if self.device.startswith("cuda") else \
+        machine = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else \
             platform.machine()
         say(f"{self.script} on {self.cfg.dataset} | preset {self.cfg.preset} | "
             f"torch {torch.__version__} | {self.device} ({machine}, {torch.get_num_threads()} "
@@ -260,8 +263,9 @@ class Run:
         self.sums["count"] = self.sums.get("count", 0) + 1
         # A short memory at first, or the random first weights would stay in the average for long
         decay = min(self.cfg.ema, (self.step + 1) / (self.step + 10))
-        for slow, fast in zip(self.average, self.parameters()):
-            slow.lerp_(fast.detach(), 1 - decay)
+        if self.average:
+            with torch.no_grad():  # all at once: one kernel instead of one for each
+                torch._foreach_lerp_(self.average, self.parameters(), 1 - decay)
         self.step += 1
         self.look_at_the_clock()
         if self.done or self.step % self.cfg.log_every == 0:

@@ -38,7 +38,8 @@ def image_data(name, images, levels, device="cpu", about=""):
 
     def batch(n, generator):
         train = flat["train"]
-        return sequences(train[torch.randint(len(train), (n,), generator=generator).to(device)])
+        return sequences(train[torch.randint(len(train), (n,), generator=generator)
+                               .to(device, non_blocking=True)])
 
     def held_out(split, n=None):
         assert split in ("val", "test"), split

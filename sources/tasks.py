@@ -48,7 +48,7 @@ def endless(name, T, vocab, n_out, make, about, show, device, noise=0.0, posteri
 
     def batch(n, generator):
         x, y, _ = draw(n, generator)
-        return x.to(device), y.to(device)
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def held_out(split, n=None):
         n = CHUNK if n is None else n
@@ -62,8 +62,10 @@ def endless(name, T, vocab, n_out, make, about, show, device, noise=0.0, posteri
         out = dict(x=x, y=y, clean=clean, posterior=best * (clean >= 0)[..., None])
         return {key: value.to(device) for key, value in out.items()}
 
+    some = make(CHUNK, torch.Generator().manual_seed(0))[1]
+    density = float((some >= 0).double().mean())
     return Data(name, T=T, vocab=vocab, n_out=n_out, units="nats/target", timestamps=True,
-                image=None, batch=batch, held_out=held_out, about=about, show=show)
+                image=None, density=density, batch=batch, held_out=held_out, about=about, show=show)
 
 
 def letter(i) -> str:

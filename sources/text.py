@@ -74,7 +74,7 @@ def text_data(name, data_dir, length, data_file="", device="cpu"):
                             f"{len(part)} bytes")
 
     def sequences(rows):
-        y = torch.from_numpy(rows.astype(np.int64)).to(device)
+        y = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
         return torch.cat([torch.full_like(y[:, :1], BOUNDARY), y[:, :-1]], 1), y
 
     def batch(n, generator):

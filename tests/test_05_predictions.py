@@ -22,7 +22,8 @@ def asked(changes, heads=None, y=None, seed=0):
     y = own if y is None else y
     m, t = torch.randn(B, 7, K, M, generator=gen(5)), torch.arange(4, 11).expand(B, -1)
     cfg = recipe(smt, **dict(first=0.0, futures=0, lambda_fut=1.0) | changes)
-    return decoder, m, t, x, y, predictive(decoder, heads, m, t, x, y, cfg, gen(seed))
+    density = float((y.gather(1, t) >= 0).double().mean())
+    return decoder, m, t, x, y, predictive(decoder, heads, m, t, x, y, cfg, gen(seed), density)
 
 
 def masked():

@@ -84,7 +84,7 @@ def on_cpu(function):
     return wrong
 
 
-@pytest.mark.parametrize("place", ["model.rope", "model.norm", "losses.next_targets", "losses.draw",
+@pytest.mark.parametrize("place", ["model.angles_for", "model.norm", "losses.next_targets", "losses.draw",
                                    "smt.with_made", "muon.orthogonalize"])
 def test_a_tensor_left_behind_is_found(place, gpu, monkeypatch, tmp_path):
     """Faults planted in networks, losses, objective and optimiser: each run fails."""

@@ -57,8 +57,8 @@ def main(argv) -> None:
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
                 if run.time_to_evaluate():
-                    run.report(summary(evaluate(task, None, None, decoder, "val", cfg.n_val)),
-                               best="teacher")
+                    run.report(summary(evaluate(task, None, None, decoder, "val", cfg.n_val,
+                                                fast=True)), best="teacher")
                 if run.time_to_save():
                     run.save()
     run.finish()

@@ -1,0 +1,152 @@
+"""What a step asks of a GPU, counted without one: kernels, copies from the host, values the host
+waits for, and the most memory that is alive at once.
+
+    python results/gpu/count.py                            # every script at gpu sizes, 28x28
+    python results/gpu/count.py --rnn gru --only "smt.py"  # one of them, with another updater
+
+Tensors are pretended (pretend.py). Autocast is imitated: linear maps, products and attention in
+bf16, normalisation and losses in fp32. Memory is what PyTorch would hold, without the context of
+CUDA (about 0.5 GB), workspaces and gaps. A kernel of a library may be two; times are not here.
+"""
+import argparse
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = os.environ.get("CODE", os.path.join(HERE, "..", "..")), HERE
+import bench  # noqa: E402
+import bptt  # noqa: E402
+import evaluate  # noqa: E402
+import flags  # noqa: E402
+import sample  # noqa: E402
+from pretend import PretendedGPU, allow_fused_adamw  # noqa: E402
+from sources import images  # noqa: E402
+
+BF16 = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
+        torch.baddbmm, F.scaled_dot_product_attention}
+FP32 = {F.rms_norm, F.mse_loss, F.cross_entropy, torch.logsumexp, torch.cumsum}
+
+
+class Autocast(TorchFunctionMode):
+    """bf16 as torch.autocast would; a parameter is cast once in each of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.cast = {}
+
+    def lower(self, v):
+        if not isinstance(v, torch.Tensor) or v.dtype is not torch.float32:
+            return v
+        if not (v.is_leaf and v.requires_grad):
+            return v.bfloat16()
+        if id(v) not in self.cast:
+            self.cast[id(v)] = v.bfloat16()
+        return self.cast[id(v)]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in BF16:
+            args = tree_map(self.lower, args)
+        if func in FP32:
+            args = tree_map(lambda v: v.float() if isinstance(v, torch.Tensor) and
+                            v.is_floating_point() else v, args)
+        return kernels(func, *args, **kwargs)
+
+
+class Fused(TorchFunctionMode):
+    """Outside autocast: one kernel where CUDA has one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kernels(func, *args, **kwargs or {})
+
+
+def kernels(func, *args, **kwargs):
+    """The call, with the fused kernels of CUDA instead of their parts."""
+    on_gpu = isinstance(args[0], torch.Tensor) and args[0].is_meta if args else False
+    if on_gpu and func is F.rms_norm:
+        return torch.ops.aten._fused_rms_norm(args[0], args[1], None, None)[0]
+    if on_gpu and func is F.scaled_dot_product_attention:
+        q, k, v = args
+        mask, causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+        if mask is not None:  # bool becomes 0 and -inf
+            mask = torch.zeros(mask.shape, dtype=q.dtype, device="meta").masked_fill(~mask, -1e9)
+            mask = mask.expand(*q.shape[:2], *mask.shape)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, mask, True, 0.0, causal)[0]
+    return func(*args, **kwargs)
+
+
+def pictures(size: int, device: str):
+    """A task of the shape of MNIST; what the pictures show does not matter."""
+    draw = lambda n: torch.randint(2, (n, size, size), dtype=torch.uint8)
+    return images.image_data("mnist", dict(train=draw(1000), val=draw(1000), test=draw(1000)), 2,
+                             device)
+
+
+def pretend_autocast() -> None:
+    """Autocast has no bf16 for pretended devices; imitate it, in what is computed again too."""
+    for module in (bench, bptt, evaluate, sample):
+        module.autocast = lambda device: Autocast()
+    if hasattr(bptt, "checkpoint"):
+        def again(f, *a, checkpoint=bptt.checkpoint, **k):
+            def both(*a):
+                with Autocast():
+                    return f(*a)
+            return checkpoint(both, *a, **k)
+        bptt.checkpoint = again
+
+
+def ways(b: bench.Bench) -> dict:
+    """What is counted, by name."""
+    nets = b.rnn, b.encoder, b.decoder
+    n = b.smt.n_val
+    return {
+        "smt.py, a step": b.smt_ours,
+        "dmt.py, a round": b.dmt_ours,
+        "bptt.py, a step": b.bptt,
+        "a validation": lambda: evaluate.evaluate(b.task, *nets, "val", n, kl_sequences=16),
+        "40 samples": lambda: sample.generate(b.rnn, 40, b.task.T, torch.Generator()),
+        "bench.py, reference SMT": b.smt_reference,
+        "bench.py, reference DMT": b.dmt_reference,
+        "bench.py, plain": lambda: b.smt_ours(False, True),
+    }
+
+
+class Patch:
+    """What pytest's monkeypatch does, without the way back."""
+    setattr = staticmethod(setattr)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--preset", default="gpu")
+    p.add_argument("--rnn", default="transformer")
+    p.add_argument("--size", type=int, default=28)
+    p.add_argument("--only", default="")
+    a = p.parse_args()
+    allow_fused_adamw(Patch)
+    pretend_autocast()
+    with PretendedGPU() as gpu, Fused():
+        flags.load_data = lambda *x, **k: pictures(a.size, "meta")
+        b = bench.Bench(a.preset, "mnist", "meta", "data", rnn=a.rnn, image_size=a.size)
+        print(f"{'':26}{'kernels':>10}{'copies':>8}{'waits':>7}{'GB':>7}")
+        for name, way in ways(b).items():
+            if a.only not in name:
+                continue
+            for warm in (True, False) if "step" in name else (False,):
+                began, gpu.peak = (gpu.launches, gpu.copies, gpu.questions), gpu.live
+                start = time.time()
+                way()
+            row = [now - then for now, then in zip((gpu.launches, gpu.copies, gpu.questions), began)]
+            print(f"{name:26}{row[0]:>10,}{row[1]:>8}{row[2]:>7}{gpu.peak / 1e9:>7.1f}"
+                  f"   (counted in {time.time() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
