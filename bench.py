@@ -140,14 +140,14 @@ class Bench:
             labels = self.encoder(x, self.times)
             own = self.rnn.own_memories(labels, x, self.times, horizon, self.gen, cfg.sweeps)
         todo = dmt.choose_spans(len(x), T, span, cfg.reuse, self.gen).to(self.device)
-        todo = todo[:max(1, len(todo) // cfg.spans) * cfg.spans]
         variance = torch.ones((), device=self.device)
-        for pick in todo.split(cfg.spans):
+        steps = dmt.steps_of_round(todo, cfg)
+        for pick in steps:
             with autocast(self.device):
                 losses = dmt.objective(self.rnn, self.heads, own, labels, x, y, *pick.unbind(1),
                                        variance, cfg, self.gen)
             self.learn(losses["loss"], self.optimizers)
-        return len(todo) * span
+        return sum(map(len, steps)) * span
 
     def dmt_reference(self) -> int:
         x, y = self.task.batch(self.dmt.batch_size, self.gen)

@@ -66,6 +66,13 @@ def sequential_layers(c: ModelConfig) -> int:
     return (c.T - 1) * c.update_layers + c.dec_layers
 
 
+def demand_rnn(rnn: RNN | None, ckpt: dict) -> None:
+    """Refuse a checkpoint without one. Raises UserError."""
+    if rnn is None:
+        fail(f"--init {ckpt['path']} holds no RNN (it is from {ckpt['script']}.py); "
+             "give one of smt.py, dmt.py or bptt.py")
+
+
 def main(argv) -> None:
     # The encoder's flags would be accepted and forgotten: nobody makes labels here.
     cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
@@ -73,17 +80,14 @@ def main(argv) -> None:
     device, task = trainer.setup(cfg, ckpt)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
-        if rnn is None:
-            fail(f"--init {cfg.init} holds no RNN (it is from {ckpt['script']}.py); "
-                 "give one of smt.py, dmt.py or bptt.py")
-        c = rnn.c
+        demand_rnn(rnn, ckpt)
     else:
-        c = trainer.model_config(cfg, task)
-        rnn, encoder, decoder = RNN(c).to(device), None, None
-    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items()
-            if v is not None}
+        rnn, encoder, decoder = RNN(trainer.model_config(cfg, task)).to(device), None, None
     # A checkpoint's teacher is carried along, untrained: evaluations still say how far the RNN is
     # from it.
+    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items()
+            if v is not None}
+    c = rnn.c
     span = cfg.truncate or task.T
 
     run = trainer.Run("bptt", cfg, nets, [[*rnn.parameters()]], c, task, device)

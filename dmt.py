@@ -67,6 +67,17 @@ def choose_spans(n: int, T: int, span: int, reuse: int, gen: torch.Generator) ->
     return torch.cat(out)
 
 
+def steps_of_round(spans: Tensor, cfg: Config) -> tuple[Tensor, ...]:
+    """The spans (N, 2) of a round, --spans of them a step. One step with --reuse 0, the paper.
+
+    Otherwise many: the round's rollout is T updates in a row, the dearest part, and makes many more
+    transitions than a step needs. They age a little until the next round.
+    """
+    # Whole steps only: the gradient of a last one with few spans would be noise.
+    steps = max(1, len(spans) // cfg.spans) if cfg.reuse else 1
+    return spans[:steps * cfg.spans].split(cfg.spans)
+
+
 def objective(rnn: RNN, heads: Heads | None, own: Tensor, labels: Tensor, x: Tensor, y: Tensor,
               b: Tensor, t: Tensor, variance: Tensor, cfg: Config, gen: torch.Generator,
               density: float = 1.0) -> dict[str, Tensor]:
@@ -147,13 +158,9 @@ def main(argv) -> None:
         layers_of_round, layers_of_step = sequential_layers(c, cfg, horizon)
         run.count(x.numel(), layers_of_round)
 
-        # A round has N steps, not one: its rollout is T updates in a row, the dearest part, and
-        # gives many more transitions than a step needs. They age a little until the next round;
-        # --reuse says how much.
         # the steps that learn from it: random spans, in parallel over time
         todo = on_device(choose_spans(len(x), T, cfg.span, cfg.reuse, run.gen), device)
-        steps = max(1, len(todo) // cfg.spans) if cfg.reuse else 1
-        for pick in todo[:steps * cfg.spans].split(cfg.spans):
+        for pick in steps_of_round(todo, cfg):
             run.set_learning_rate()
             with autocast(device):
                 losses = objective(rnn, heads, own, labels, x, y, *pick.unbind(1), variance, cfg,

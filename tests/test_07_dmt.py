@@ -153,6 +153,16 @@ def test_spans_come_in_random_order_and_anew():
         assert not torch.equal(part[:, 0], part[:, 0].sort().values)
 
 
+def test_steps_of_a_round():
+    """Whole steps, every span in one of them; a short round is one step; 0 reuses: the first."""
+    spans = torch.arange(22).view(11, 2)
+    cfg = lambda reuse, n=4: tiny.recipe(dmt, spans=n, reuse=reuse)
+    parts = dmt.steps_of_round(spans, cfg(1))
+    assert [len(p) for p in parts] == [4, 4] and torch.equal(torch.cat(parts), spans[:8])
+    assert [len(p) for p in dmt.steps_of_round(spans, cfg(1, 100))] == [11]
+    assert [len(p) for p in dmt.steps_of_round(spans, cfg(0))] == [4]
+
+
 # ---------------------------------------------------------------------------------------- objective
 
 def losses(nets, own, labels, b, t, heads=None, variance=0.5, y=None, **changes):
