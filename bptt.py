@@ -100,7 +100,9 @@ def main(argv) -> None:
             part = y[:, t:t + span]
             with autocast(device):
                 losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
-            share = (part >= 0).sum() / targets  # the shares add up to the mean over all targets
+            # Pieces have different numbers of targets. Weighed by them, the losses add up to the mean
+            # over all targets, whatever the pieces are.
+            share = (part >= 0).sum() / targets
             (losses["loss"] * share).backward()
             # The memory goes on to the next piece, its graph does not.
             loss, m = loss + losses["loss"].detach() * share, m.detach()

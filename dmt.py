@@ -155,6 +155,7 @@ def main(argv) -> None:
         with torch.no_grad(), autocast(device):
             labels = encoder(x, times)                                          # (B, T, K, d)
             own = rnn.own_memories(labels, x, times, horizon, run.gen, cfg.sweeps, tube)
+        # Counted apart: the rollout is sequential, and its steps are few layers each.
         layers_of_round, layers_of_step = sequential_layers(c, cfg, horizon)
         run.count(x.numel(), layers_of_round)
 
