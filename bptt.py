@@ -100,8 +100,8 @@ def main(argv) -> None:
             part = y[:, t:t + span]
             with autocast(device):
                 losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
-            # Pieces have different numbers of targets. Weighed by them, the losses add up to the mean
-            # over all targets, whatever the pieces are.
+            # Pieces have different numbers of targets. Weighed by them, the losses add up to the
+            # mean over all targets, whatever the pieces are.
             share = (part >= 0).sum() / targets
             (losses["loss"] * share).backward()
             # The memory goes on to the next piece, its graph does not.
