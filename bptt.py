@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import flags
+import ranks
 import trainer
 from console import cli, fail
 from evaluate import evaluate, networks, summary
@@ -90,10 +91,11 @@ def main(argv) -> None:
     c = rnn.c
     span = cfg.truncate or task.T
 
+    mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("bptt", cfg, nets, [[*rnn.parameters()]], c, task, device)
     while run.unfinished():
         run.set_learning_rate()
-        x, y = task.batch(cfg.batch_size, run.gen)                              # (B, T) each
+        x, y = task.batch(mine.batch_size, run.gen)                          # (B, T) each
         m, loss, targets = None, 0.0, (y >= 0).sum().clamp(min=1)
         # Backward after each piece: with --truncate the graph of one piece is all that is kept.
         for t in range(0, task.T, span):
@@ -106,7 +108,7 @@ def main(argv) -> None:
             (losses["loss"] * share).backward()
             # The memory goes on to the next piece, its graph does not.
             loss, m = loss + losses["loss"].detach() * share, m.detach()
-        run.update(dict(loss=loss), x.numel(), sequential_layers(c))
+        run.update(dict(loss=loss), cfg.batch_size * task.T, sequential_layers(c))
 
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
@@ -118,8 +120,8 @@ def main(argv) -> None:
                 if run.time_to_save():
                     run.save()
     run.finish()
-    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
-          f"python sample.py --ckpt {run.path('ckpt.pt')}")
+    trainer.say(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
+                f"python sample.py --ckpt {run.path('ckpt.pt')}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flags
+import ranks
 import trainer
 from console import cli, fail
 from evaluate import evaluate, summary
@@ -74,7 +75,7 @@ def steps_of_round(spans: Tensor, cfg: Config) -> tuple[Tensor, ...]:
     transitions than a step needs. They age a little until the next round.
     """
     # Whole steps only: the gradient of a last one with few spans would be noise.
-    steps = max(1, len(spans) // cfg.spans) if cfg.reuse else 1
+    steps = max(1, ranks.least(len(spans) // cfg.spans)) if cfg.reuse else 1
     return spans[:steps * cfg.spans].split(cfg.spans)
 
 
@@ -147,24 +148,25 @@ def main(argv) -> None:
     variance = variance_of(encoder, task.batch(64, torch.Generator().manual_seed(0))[0], times)
     tube = (cfg.tube or math.inf) * float(variance)
 
+    mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("dmt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         # a round: the RNN's own memories, and where the encoder says they should have been
-        x, y = (v[:, :T] for v in task.batch(cfg.batch_size, run.gen))
+        x, y = (v[:, :T] for v in task.batch(mine.batch_size, run.gen))
         horizon = min(cfg.horizon, T) or horizon_at(run.progress, T)
         with torch.no_grad(), autocast(device):
             labels = encoder(x, times)                                          # (B, T, K, d)
             own = rnn.own_memories(labels, x, times, horizon, run.gen, cfg.sweeps, tube)
         # Counted apart: the rollout is sequential, and its steps are few layers each.
         layers_of_round, layers_of_step = sequential_layers(c, cfg, horizon)
-        run.count(x.numel(), layers_of_round)
+        run.count(cfg.batch_size * T, layers_of_round)
 
         # the steps that learn from it: random spans, in parallel over time
         todo = on_device(choose_spans(len(x), T, cfg.span, cfg.reuse, run.gen), device)
-        for pick in steps_of_round(todo, cfg):
+        for pick in steps_of_round(todo, mine):
             run.set_learning_rate()
             with autocast(device):
-                losses = objective(rnn, heads, own, labels, x, y, *pick.unbind(1), variance, cfg,
+                losses = objective(rnn, heads, own, labels, x, y, *pick.unbind(1), variance, mine,
                                    run.gen, task.density)
             losses["loss"].backward()
             run.update(losses, layers=layers_of_step)
@@ -183,8 +185,8 @@ def main(argv) -> None:
                 if run.time_to_save():
                     run.save()
     run.finish()
-    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
-          f"python sample.py --ckpt {run.path('ckpt.pt')}")
+    trainer.say(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
+                f"python sample.py --ckpt {run.path('ckpt.pt')}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flags
+import ranks
 import trainer
 from console import cli
 from evaluate import evaluate, summary
@@ -152,6 +153,7 @@ def main(argv) -> None:
     if cfg.times and not task.timestamps:  # a text goes on behind its window: draw times whose
         T = max(2, T - c.fut_len + 1)      # whole future lies inside
 
+    mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         run.set_learning_rate()
@@ -160,10 +162,10 @@ def main(argv) -> None:
         # Parts of a batch share their times. With one pass for each time, the paper's way, several
         # parts give a step more times than one.
         for _ in range(cfg.micro):
-            x, y = task.batch(cfg.batch_size // cfg.micro, run.gen)             # (B, T) each
+            x, y = task.batch(mine.batch_size // cfg.micro, run.gen)            # (B, T) each
             times = sample_times(T, cfg.times, run.gen)                         # (n,)
             with autocast(device):
-                losses = objective(encoder, decoder, rnn, heads, x, y, times, horizon, cfg,
+                losses = objective(encoder, decoder, rnn, heads, x, y, times, horizon, mine,
                                    run.gen, task.density)
             (losses["loss"] / cfg.micro).backward()
             means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
@@ -181,7 +183,7 @@ def main(argv) -> None:
                 if run.time_to_save():
                     run.save()
     run.finish()
-    print(f"next: python dmt.py --ckpt {run.path('ckpt.pt')}")
+    trainer.say(f"next: python dmt.py --ckpt {run.path('ckpt.pt')}")
 
 
 if __name__ == "__main__":

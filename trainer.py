@@ -35,6 +35,7 @@ import time
 import torch
 from torch import nn
 
+import ranks
 from console import fail, pick_device
 from flags import load_data
 from model import FORMAT, CheckpointError, ModelConfig, load_checkpoint
@@ -47,7 +48,7 @@ def setup(cfg, ckpt: dict | None = None) -> tuple[str, Data]:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    device = pick_device(cfg.device)
+    device = ranks.join(pick_device(cfg.device))
     return device, load_data(vars(cfg), device, ckpt)
 
 
@@ -120,7 +121,7 @@ class Run:
         self.average = [p.detach().clone() for p in self.parameters()] if cfg.ema else []
         self.newest = None  # weights that training goes on with, while the networks hold averages
         # On the CPU, whatever the device: the same seed gives the same batches everywhere.
-        self.gen = torch.Generator().manual_seed(cfg.seed)
+        self.gen = torch.Generator().manual_seed(cfg.seed + 1_000_003 * ranks.RANK)
         self.step, self.tokens, self.layers = 0, 0, 0  # what was spent, and seconds of it
         self.spent, self.best = 0.0, math.inf
         self.history, self.sums, self.metrics = [], {}, {}  # log.csv; losses since its last row
@@ -131,9 +132,10 @@ class Run:
         if cfg.resume:
             self.load(load_checkpoint(self.path("ckpt.pt")))
         self.tokens_logged = self.tokens
-        with self.open("config.json", "w") as f:
-            json.dump(dataclasses.asdict(cfg), f, indent=1)
-        if cfg.overwrite:
+        if not ranks.RANK:
+            with self.open("config.json", "w") as f:
+                json.dump(dataclasses.asdict(cfg), f, indent=1)
+        if cfg.overwrite and not ranks.RANK:
             for name in ("ckpt.pt", "best.pt", "log.csv", "curve.png", "samples.png",
                          "samples.txt"):
                 with contextlib.suppress(FileNotFoundError):
@@ -189,10 +191,12 @@ class Run:
         questions below, a few milliseconds apart, must agree on whether this turn is the last."""
         # The part that is done counts whichever limit is nearer, --steps or --minutes.
         c, seconds = self.cfg, time.time() - self.called
-        self.progress = min(1.0, max(self.step / c.steps if c.steps else 0.0,
-                                     self.elapsed() / 60 / c.minutes if c.minutes else 0.0))
-        self.done = self.progress >= 1
-        self.stopped = bool(self.signals or c.stop_after and seconds > 60 * c.stop_after)
+        progress = min(1.0, max(self.step / c.steps if c.steps else 0.0,
+                                self.elapsed() / 60 / c.minutes if c.minutes else 0.0))
+        stopped = bool(self.signals or c.stop_after and seconds > 60 * c.stop_after)
+        # clocks differ, and processes that disagree would wait for each other for ever
+        self.progress, stopped = ranks.decided(progress, stopped)
+        self.done, self.stopped = self.progress >= 1, bool(stopped)
 
     def unfinished(self) -> bool:
         """Shall there be another turn of the loop? False when --steps or --minutes are over, and
@@ -201,7 +205,7 @@ class Run:
         return not self.done and not self.stopped
 
     def time_to_evaluate(self) -> bool:
-        return self.done or self.passed(self.cfg.eval_every)
+        return not ranks.RANK and (self.done or self.passed(self.cfg.eval_every))
 
     def time_to_save(self) -> bool:
         return self.done or self.stopped or self.passed(self.cfg.ckpt_every)
@@ -215,6 +219,7 @@ class Run:
         """Say where everything is; a run that was stopped exits here and says how to go on."""
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
+        ranks.least(0)  # nobody leaves before rank 0 has written everything
         c = self.cfg
         if not self.done:
             here = sys.argv[0] if os.path.basename(sys.argv[0]) == f"{self.script}.py" else \
@@ -254,6 +259,7 @@ class Run:
             self.sums[k] = self.sums.get(k, 0.0) + v.detach()
         # The paper clips teacher and RNN apart. Their gradients have different sizes, and one scale
         # for both would let the larger decide how far the smaller one steps.
+        ranks.average_gradients(self.parameters())
         for group in self.trained:  # each by itself: a burst in one must not shrink another's step
             norm = nn.utils.clip_grad_norm_(group, 1.0)
             self.sums["grad"] = self.sums.get("grad", 0.0) + norm
@@ -278,6 +284,8 @@ class Run:
         c, count = self.cfg, self.sums.pop("count")
         means, self.sums = {k: float(v) / count for k, v in self.sums.items()}, {}
         self.demand_finite(means)
+        if ranks.RANK:
+            return
         seconds = max(self.clock() - self.last_log, 1e-9)
         speed = (self.tokens - self.tokens_logged) / seconds
         self.last_log, self.tokens_logged = self.clock(), self.tokens
@@ -365,13 +373,16 @@ class Run:
 
     def save(self) -> None:
         """ckpt.pt: what a user needs, and what the next step needs. Inside averaged()."""
+        rng = ranks.gathered(self.gen.get_state())
+        if ranks.RANK:
+            return
         # The networks in the file are averages; `newest`, optimisers and generators are for
         # --resume alone. With all of them a resumed run takes the steps that the uninterrupted one
         # takes.
         full = self.state() | dict(
             optimizers=[o.state_dict() for o in self.optimizers], newest=self.newest,
             elapsed=self.elapsed(), best=self.best, history=self.history, sums=self.sums,
-            rng=self.gen.get_state(), torch_rng=torch.get_rng_state())
+            rng=rng, torch_rng=torch.get_rng_state())
         with self.open("ckpt.pt") as f:
             torch.save(full, f)
 
@@ -391,7 +402,10 @@ class Run:
             self.tokens, self.layers = ckpt["tokens"], ckpt["layers"]
             self.history, self.sums = ckpt["history"], ckpt["sums"]
             self.metrics = ckpt["metrics"]
-            self.gen.set_state(ckpt["rng"])
+            states = ckpt["rng"].split(len(self.gen.get_state()))  # one of each rank
+            if len(states) != ranks.WORLD:
+                raise ValueError(f"it is a run of {len(states)} processes, not {ranks.WORLD}")
+            self.gen.set_state(states[ranks.RANK].clone())  # torch crashes on a part of a tensor
             torch.set_rng_state(ckpt["torch_rng"])
         except (KeyError, ValueError, RuntimeError, TypeError) as e:
             reason = str(e).splitlines()[0][:120]
@@ -412,7 +426,8 @@ class Run:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    if not ranks.RANK:
+        print(line, flush=True)
 
 
 def draw_curve(history: list[dict], file) -> None:
