@@ -36,10 +36,12 @@ def join(device: str) -> str:
 
 def share(cfg):
     """A copy of the flags, with what this rank does of a step."""
+    if WORLD == 1:
+        return cfg
     part = {}
-    for name in ("batch_size", "spans"):
-        n = getattr(cfg, name, WORLD)
-        if n % (WORLD * getattr(cfg, "micro", 1)):
+    for name, pieces in (("batch_size", getattr(cfg, "micro", 1)), ("spans", 1)):
+        n = getattr(cfg, name, 0)
+        if n % (WORLD * pieces):
             fail(f"--{name} {n} does not divide among {WORLD} processes; give a multiple")
         part[name] = n // WORLD
     for name in ("rnn_batch", "futures"):  # of the batch; 0 has a meaning of its own
