@@ -34,7 +34,7 @@ PRESETS["laptop"] = {
     "warmup":            (50,           30,           50),
     "decay": 0.05,
     "ema": 0.99,
-    "batch_size":        (12,           96,           24),
+    "batch_size":        (12,           48,           24),
 
     # the objective       SMT           DMT           BPTT
     "lambda_dec":        (1.0,          1.0,          _),
@@ -48,12 +48,12 @@ PRESETS["laptop"] = {
     "decode_own":        (True,         _,            _),
     "first":             (0.25,         0.25,         _),
     "futures":           (48,           128,          _),
-    "lambda_fut":        (0.25,         1.2,          _),
+    "lambda_fut":        (0.25,         1.75,         _),  # DMT: 28 futures to 16 updates
     "horizon":           (0,            0,            _),
     "micro":             (1,            _,            _),
     "span":              (_,            16,           _),
     "spans":             (_,            128,          _),
-    "reuse":             (_,            2,            _),
+    "reuse":             (_,            1,            _),
     "sweeps":            (_,            False,        _),
     "tube":              (_,            0.0,          _),
     "truncate":          (_,            _,            0),
@@ -61,7 +61,7 @@ PRESETS["laptop"] = {
 
     # the run; a step of BPTT is long, so it is logged and saved more often
     "steps": 0,
-    "minutes": 4.75,
+    "minutes":           (3.0,          1.5,          4.5),
     "log_every":         (50,           50,           10),
     "eval_every":        (250,          250,          100),
     "ckpt_every":        (250,          250,          100),
@@ -142,7 +142,7 @@ PRESETS["paper"] = {
 KINDS = {}
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
-    "minutes":           (15.0,         10.0,         25.0),
+    "minutes":           (5.0,          15.0,         20.0),
 }
 KINDS["laptop", "text"] = {
     "length": 128,
@@ -163,6 +163,8 @@ KINDS["laptop", "synthetic"] = {
     "minutes":           (6.0,          4.0,          10.0),
     "batch_size":        (64,           _,            64),
     "lr":                (_,            _,            2e-3),
+    "first":             (1.0,          1.0,          _),  # few times ask for anything
+    "futures":           (32,           32,           _),
     "tube":              (_,            0.5,          _),
 }
 KINDS["paper", "mnist"] = {
