@@ -14,7 +14,7 @@ import shutil
 from figures import style
 from figures.runs import Job, Lab, commit, log, scores, stored, table, train
 
-SMT_SHARE = 0.4   # of the minutes of a race; what follows SMT has the rest
+SMT_SHARE = 0.25  # of the minutes of a race; what follows SMT has the rest
 UPDATERS = ("transformer", "mlp", "gru")
 RACES = {
     "race14": dict(minutes=6.0, n_test=2000, span=16, flags=dict(
@@ -27,9 +27,7 @@ RACES = {
         dmt=dict(n_val=50, batch_size=24),
         bptt=dict(n_val=50, batch_size=12, eval_every=50, ckpt_every=25))),
 }
-# An updater's own flags, and rates that won against half and twice their value in short runs.
 NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
-RATES = {("bptt", "gru"): 5e-3, ("smt+bptt", "gru"): 4e-3}
 AFTER_SMT = 4e-3  # peak rate of BPTT that goes on from SMT: weights are there, a large one hurts
 EXTRA = "dmt-span1", "dmt-mse0", "truncated", "smt+truncated", "smt+bptt"
 
@@ -59,22 +57,20 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     elif not follows:  # the networks, and the task, which a run that follows has from SMT
         task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
         own = task | dict(rnn=rnn) | NETWORKS[rnn] | own
-    if (method, rnn) in RATES:
-        own = own | dict(lr=RATES[method, rnn])
     share = SMT_SHARE if method == "smt" else 1 - SMT_SHARE if follows else 1
     return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
                dict(seed=seed), name("smt") if follows else "")
 
 
 def race(lab: Lab) -> tuple[str, str]:
-    """Ours: nats per test image of the RNN alone, in the same minutes."""
+    """Ours: nats per validation image of the RNN alone, in the same minutes."""
     r = RACES[lab.name]
     jobs = race_jobs(lab.name, lab.seeds or (0, 1)) if not lab.quick else \
         race_jobs(lab.name, (0,), ("gru",))
 
     def measure():
         done = train(lab, jobs)
-        got = scores(lab, done, r["n_test"])
+        got = scores(lab, done, r["n_test"], "val")
         for job in jobs:
             if job.name not in got:
                 continue
@@ -92,7 +88,7 @@ def race(lab: Lab) -> tuple[str, str]:
                 dict(commit=stored(lab, job.name, "finished.json")["commit"])
 
     rows = table(lab, measure)
-    fig, axes = style.panels(1, "", "nats per test image, the RNN alone")
+    fig, axes = style.panels(1, "", "nats per validation image, the RNN alone")
     for i, method in enumerate(style.METHODS):
         shown = [(UPDATERS.index(row["rnn"]) + (i - 4) * 0.09, row["rollout"], row.get("stderr", 0))
                  for row in rows if row["method"] == method]
