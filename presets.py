@@ -49,7 +49,7 @@ PRESETS["laptop"] = {
     "first":             (0.25,         0.25,         _),
     "futures":           (48,           128,          _),
     "lambda_fut":        (0.25,         1.75,         _),  # DMT: 28 futures to 16 updates
-    "horizon":           (0,            0,            _),
+    "horizon":           (0,            1_000_000,    _),  # DMT: whole rollouts from the start
     "micro":             (1,            _,            _),
     "span":              (_,            16,           _),
     "spans":             (_,            128,          _),
@@ -165,6 +165,8 @@ KINDS["laptop", "synthetic"] = {
     "lr":                (_,            _,            2e-3),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
     "futures":           (32,           32,           _),
+    # a symbol that the RNN has lost cannot be asked for: short rollouts first, near the labels
+    "horizon":           (_,            0,            _),
     "tube":              (_,            0.5,          _),
 }
 KINDS["paper", "mnist"] = {
