@@ -74,10 +74,13 @@ FIGURES = {
                "three updaters, every method, 6 minutes a run", races.race),
     "race28": ("MNIST 28×28, T = 784: SMT → DMT predicts better than BPTT",
                "three updaters, every method, 40 minutes a run; a GPU would help", races.race),
+    "racegpu": ("the same on a GPU",
+                "28×28 at the gpu preset's sizes, 17 minutes a run: needs a CUDA GPU",
+                races.race),
     "records": ("not in the paper: 28×28 MNIST beside published likelihoods",
                 "the numbers of race28", ours.records),
 }
-PLACES = dict(race14="backbones", race28="backbones")  # folders in results/ with another name
+PLACES = dict(race14="backbones", race28="backbones", racegpu="backbones")  # folders in results/ with another name
 BEGIN, END = "<!-- reproduce.py writes from here -->", "<!-- to here -->"
 
 

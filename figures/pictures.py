@@ -43,12 +43,12 @@ def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str,
     rows = table(lab, lambda: drawn(lab, names, 2 if lab.quick else n))
     labels = list(dict.fromkeys(row["label"] for row in rows))
     down = -(-len(labels) // across)
-    fig, axes = style.panels(across, rows=down, height=8.2 / across * (n / columns / columns) + 0.5)
+    fig, axes = style.panels(across, rows=down, height=8.2 / across + 0.4)
     for ax in np.ravel(axes):
         ax.axis("off")
     for ax, label in zip(np.ravel(axes), labels):
         mine = [row for row in rows if row["label"] == label]
-        nats = f", {mine[0]['nats']:.1f} nats" if "nats" in mine[0] else ""
+        nats = f"\n{mine[0]['nats']:.1f} nats" if "nats" in mine[0] else ""
         style.pictures(ax, unspell(mine), columns, label + nats)
     style.save(fig, lab.out(f"{lab.name}.png"))
     nats = {row["label"]: row["nats"] for row in rows if "nats" in row}

@@ -2,6 +2,7 @@
 
     python reproduce.py race14                     # 14x14, 6 minutes a run
     python reproduce.py race28 --only gru          # 28x28, 40 minutes a run, one updater
+    python reproduce.py racegpu --together 1       # 28x28 at the gpu preset's sizes, 17 minutes
 
 Besides BPTT and SMT -> DMT, on the first seed, what could explain a result: DMT that crosses one
 update (--span 1, the paper's), DMT without labels (--lambda_mse 0), BPTT whose gradient crosses no
@@ -11,6 +12,9 @@ starts from SMT has its minutes left over. Figures 4, 6 and 17 use these runs.
 import os
 import shutil
 
+import torch
+
+from console import fail
 from figures import style
 from figures.runs import Job, Lab, commit, log, scores, stored, table, train
 
@@ -26,9 +30,16 @@ RACES = {
         smt=dict(dataset="mnist", image_size=28, n_val=50, batch_size=6, fut_len=56, heads=56),
         dmt=dict(n_val=50, batch_size=24),
         bptt=dict(n_val=50, batch_size=12, eval_every=50, ckpt_every=25))),
+    # sizes, batches and rates are the preset's
+    "racegpu": dict(minutes=17.0, n_test=10_000, span=64, flags=dict(
+        smt=dict(dataset="mnist", image_size=28, preset="gpu"),
+        dmt=dict(preset="gpu"),
+        bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
+# At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT: weights
+# are there, a large rate would destroy them.
 NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
-AFTER_SMT = 4e-3  # peak rate of BPTT that goes on from SMT: weights are there, a large one hurts
+AFTER_SMT = dict(lr=4e-3)
 EXTRA = "dmt-span1", "dmt-mse0", "truncated", "smt+truncated", "smt+bptt"
 
 
@@ -52,11 +63,12 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
            "dmt": dict(span=r["span"]), "truncated": dict(truncate=r["span"]),
            "smt+truncated": dict(truncate=r["span"])}.get(method, {})
     follows = script == "dmt" or method.startswith("smt+")
-    if method.startswith("smt+"):
-        own = own | dict(lr=AFTER_SMT)
-    elif not follows:  # the networks, and the task, which a run that follows has from SMT
+    laptop = r["flags"][script].get("preset", "laptop") == "laptop"
+    if not follows:  # the networks, and the task, which a run that follows has from SMT
         task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
-        own = task | dict(rnn=rnn) | NETWORKS[rnn] | own
+        own = task | dict(rnn=rnn) | (NETWORKS[rnn] if laptop else {}) | own
+    elif laptop and script == "bptt":
+        own = AFTER_SMT | own
     share = SMT_SHARE if method == "smt" else 1 - SMT_SHARE if follows else 1
     return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
                dict(seed=seed), name("smt") if follows else "")
@@ -65,6 +77,9 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
 def race(lab: Lab) -> tuple[str, str]:
     """Ours: nats per validation image of the RNN alone, in the same minutes."""
     r = RACES[lab.name]
+    if lab.name == "racegpu" and not (torch.cuda.is_available() or lab.quick or lab.draw or
+                                      lab.plan):
+        fail("racegpu needs a CUDA GPU; race28 is the one for a CPU")
     jobs = race_jobs(lab.name, lab.seeds or (0, 1)) if not lab.quick else \
         race_jobs(lab.name, (0,), ("gru",))
 

@@ -7,7 +7,7 @@
 
 A run lives in runs/reproduce/NAME. job.json there says what it is, so a run that was cut off goes
 on, a finished one is used again, by other figures too, and one whose settings have changed is made
-anew. Runs are processes of their own, some at a time; with --quick they are function calls at toy
+anew (not when a preset has: then delete its folder). Runs are processes of their own, some at a time; with --quick they are function calls at toy
 size.
 """
 import contextlib
@@ -105,7 +105,7 @@ def toy(job: Job) -> Job:
     most = dict(length=13, keys=2, symbols=4, examples=3, depth=3, mem_tokens=2, mem_dim=4,
                 fut_len=4, heads=4, span=3, truncate=4, futures=4, rnn_batch=2)
     f |= {k: min(f[k], v) for k, v in most.items() if f.get(k)}
-    f |= dict(batch_size=4, n_val=2, eval_every=0, steps=2)
+    f |= dict(preset="laptop", batch_size=4, n_val=2, eval_every=0, steps=2)
     if job.script == "dmt":
         f["spans"] = 8
     return Job(job.name, job.script, 0, f if job.after else TOY | f, job.after)

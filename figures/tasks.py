@@ -50,7 +50,9 @@ def fig3(lab: Lab) -> tuple[str, str]:
             low, high = ([abs(f(v) - sum(v) / len(v)) for v in at.values()] for f in (min, max))
             ax.errorbar([*at], [sum(v) / len(v) for v in at.values()], yerr=[low, high],
                         capsize=2, **style.of(method))
-        ax.set(title=task, xlabel=AXES[axis], yscale="log", ylim=(5e-7, 10))
+        ax.set(title=task, xlabel=AXES[axis], xscale="log", yscale="log", ylim=(5e-7, 10))
+        ax.set_xticks([*at], labels=map(str, at))
+        ax.minorticks_off()
     axes[0].legend(fontsize=7)
     style.save(fig, lab.out("fig3.png"))
     points = {(t, v) for t, v, _ in means}
