@@ -47,7 +47,8 @@ FIGURES = {
              "TinyStories, GRU and Transformer", text.fig8),
     "fig9": ("for a fixed loss more compute buys a smaller memory", "the logs of fig7", text.fig9),
     "fig10": ("detached SMT needs Tf = T, joint SMT solves the task with any Tf",
-              "retrieval, T = 16, the paper's SMT alone, 100 to 800 steps, 5 minutes", credit.fig10),
+              "retrieval, T = 16, the paper's SMT, 100 to 800 steps, and DMT; 5 minutes",
+              credit.fig10),
     "fig11": ("BPTT's gradient vanishes or explodes with the initialisation, SMT's is flat",
               "retrieval, T = 64, networks as initialised", credit.fig11),
     "fig12": ("DMT cuts drift and improves the loss for all λ_dyn",
@@ -80,7 +81,8 @@ FIGURES = {
     "records": ("not in the paper: 28×28 MNIST beside published likelihoods",
                 "the numbers of race28", ours.records),
 }
-PLACES = dict(race14="backbones", race28="backbones", racegpu="backbones")  # folders in results/ with another name
+# Folders in results/ with another name than the figure's.
+PLACES = dict(race14="backbones", race28="backbones", racegpu="backbones")
 BEGIN, END = "<!-- reproduce.py writes from here -->", "<!-- to here -->"
 
 

@@ -7,8 +7,8 @@
 
 A run lives in runs/reproduce/NAME. job.json there says what it is, so a run that was cut off goes
 on, a finished one is used again, by other figures too, and one whose settings have changed is made
-anew (not when a preset has: then delete its folder). Runs are processes of their own, some at a time; with --quick they are function calls at toy
-size.
+anew (not when a preset has: then delete its folder). Runs are processes of their own, some at a
+time; with --quick they are function calls at toy size.
 """
 import contextlib
 import csv
