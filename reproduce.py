@@ -142,7 +142,9 @@ def put_rows(path: str, rows: list[dict]) -> None:
     link = lambda k: f"[{k}]({PLACES.get(k, k)})"
     lines = ["| figure | the paper's claim | ours | | minutes | seeds | commit |",
              "|---|---|---|---|---|---|---|"]
-    lines += [f"| {link(r['figure'])} | {r['claim']} | {r['ours']} | **{r['verdict']}** | "
+    # a bar would end the cell
+    clean = lambda text: str(text).replace("|", "\\|")
+    lines += [f"| {link(r['figure'])} | {r['claim']} | {clean(r['ours'])} | **{r['verdict']}** | "
               f"{r['minutes']} | {r['seeds']} | {r['commit']} |" for r in rows]
     old = ""
     if os.path.exists(path):

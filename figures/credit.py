@@ -183,6 +183,6 @@ def fig11(lab: Lab) -> tuple[str, str]:
     span = {m: [v for (_, k, _), v in ratio.items() if k == m] for m in ("bptt", "smt")}
     flat = max(span["smt"]) < 30 and min(span["smt"]) > 1 / 30
     wild = max(span["bptt"]) > 30 or min(span["bptt"]) < 1 / 30
-    return "|∂L/∂m_1| over |∂L/∂m_T|: " + ", ".join(
+    return "gradient at m_1 over that at m_T: " + ", ".join(
         f"{m.upper()} {min(v):.1g} to {max(v):.1g}" for m, v in span.items()), \
         "agrees" if flat and wild else "open"

@@ -21,13 +21,13 @@ def digit_jobs() -> list:
             if job.script != "bptt"]
 
 
-@torch.no_grad()
 def digit_memories(lab: Lab, n: int):
     """(task, x (n, T), own memories (n, T, K d)) of test images, by DIGITS."""
     train(lab, digit_jobs())
     task, rnn = opened(lab, DIGITS, "rnn")
     x = task.held_out("test", n)["x"]
-    return task, x, rnn.memories(x).flatten(2)
+    with torch.no_grad():  # not above: with --quick the training happens in this process
+        return task, x, rnn.memories(x).flatten(2)
 
 
 def classes(lab: Lab, task, n: int) -> list[int]:
