@@ -114,13 +114,13 @@ def records(lab: Lab) -> tuple[str, str]:
             yield dict(name=name, nats=nats, stderr=0.0)
 
     rows = sorted(table(lab, measure), key=lambda r: -r["nats"])
-    fig, axes = style.panels(1, "nats per test image", height=0.6 + 0.28 * len(rows))
+    fig, axes = style.panels(1, "nats per image", height=0.6 + 0.28 * len(rows))
     colours = [style.COLOURS[0] if "n" in r else "0.6" for r in rows]
     axes[0].barh([r["name"] for r in rows], [r["nats"] for r in rows],
                  xerr=[r["stderr"] for r in rows], color=colours)
     for i, r in enumerate(rows):
         axes[0].text(r["nats"], i, f" {r['nats']:.1f}", va="center", fontsize=8)
-    axes[0].set_title("28×28 MNIST: ours (blue, our own Bernoulli draw), published (grey)")
+    axes[0].set_title("28×28 MNIST: ours (blue; validation, our own Bernoulli draw), published (grey; test)")
     style.save(fig, lab.out("records.png"))
     best = min((r for r in rows if "n" in r), key=lambda r: r["nats"])
     return f"{best['name']}: {best['nats']:.1f} ± {best['stderr']:.1f} nats in " \
