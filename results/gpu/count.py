@@ -3,10 +3,12 @@ waits for, and the most memory that is alive at once.
 
     python results/gpu/count.py                            # every script at gpu sizes, 28x28
     python results/gpu/count.py --rnn gru --only "smt.py"  # one of them, with another updater
+    python results/gpu/count.py --device cuda              # measured instead, with seconds
 
 Tensors are pretended (pretend.py). Autocast is imitated: linear maps, products and attention in
 bf16, normalisation and losses in fp32. Memory is what PyTorch would hold, without the context of
-CUDA (about 0.5 GB), workspaces and gaps. A kernel of a library may be two; times are not here.
+CUDA (about 0.5 GB), workspaces and gaps. A kernel of a library may be two. Measured, a call that
+is far from its guess in GUESS ends all with one line: look before more minutes are spent.
 """
 import argparse
 import os
@@ -25,6 +27,7 @@ import bptt  # noqa: E402
 import evaluate  # noqa: E402
 import flags  # noqa: E402
 import sample  # noqa: E402
+from console import pick_device  # noqa: E402
 from pretend import PretendedGPU, allow_fused_adamw  # noqa: E402
 from sources import images  # noqa: E402
 
@@ -118,6 +121,50 @@ def ways(b: bench.Bench) -> dict:
     }
 
 
+# What the other stages of run.sh count on: seconds and GB a call, at gpu sizes and 28x28. Estimated
+# from the kernels at 10 microseconds each; never measured.
+GUESS = {"smt.py, a step": (0.3, 40), "dmt.py, a round": (15, 40), "bptt.py, a step": (15, 40),
+         "a validation": (30, 40)}
+
+
+def measured(way, device: str) -> tuple[float, int, float]:
+    """Seconds, kernels (0 on a CPU) and peak GB of the third call."""
+    cuda = device.startswith("cuda")
+    way()
+    way()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    way()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds, kernels = time.perf_counter() - start, 0
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    if cuda:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+            way()
+        kernels = sum(e.count for e in p.key_averages())
+    return seconds, kernels, peak
+
+
+def measure(a) -> None:
+    """A table, until a guess was wrong by far."""
+    device = pick_device(a.device)
+    flags.load_data = lambda *x, **k: pictures(a.size, device)
+    b = bench.Bench(a.preset, "mnist", device, "data", rnn=a.rnn, image_size=a.size)
+    print(f"{'':26}{'seconds':>10}{'kernels':>10}{'GB':>7}", flush=True)
+    for name, way in ways(b).items():
+        if a.only not in name:
+            continue
+        seconds, kernels, peak = measured(way, device)
+        print(f"{name:26}{seconds:>10.3f}{kernels:>10,}{peak:>7.1f}", flush=True)
+        most = GUESS.get(name, (1e9, 1e9)) if device.startswith("cuda") else (1e9, 1e9)
+        if seconds > most[0] or peak > most[1]:
+            sys.exit(f"{name}: {seconds:.1f} s and {peak:.0f} GB, guessed were at most {most[0]} s "
+                     f"and {most[1]} GB; give that script a smaller --batch_size in run.sh first")
+
+
 class Patch:
     """What pytest's monkeypatch does, without the way back."""
     setattr = staticmethod(setattr)
@@ -129,7 +176,10 @@ def main() -> None:
     p.add_argument("--rnn", default="transformer")
     p.add_argument("--size", type=int, default=28)
     p.add_argument("--only", default="")
+    p.add_argument("--device", default="", help="measure on it; empty = count without one")
     a = p.parse_args()
+    if a.device:
+        return measure(a)
     allow_fused_adamw(Patch)
     pretend_autocast()
     with PretendedGPU() as gpu, Fused():
@@ -143,7 +193,8 @@ def main() -> None:
                 began, gpu.peak = (gpu.launches, gpu.copies, gpu.questions), gpu.live
                 start = time.time()
                 way()
-            row = [now - then for now, then in zip((gpu.launches, gpu.copies, gpu.questions), began)]
+            ended = gpu.launches, gpu.copies, gpu.questions
+            row = [now - then for now, then in zip(ended, began)]
             print(f"{name:26}{row[0]:>10,}{row[1]:>8}{row[2]:>7}{gpu.peak / 1e9:>7.1f}"
                   f"   (counted in {time.time() - start:.0f} s)", flush=True)
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Half an hour or more on one CUDA GPU, in calls of at most ten minutes. From the project's root:
 #
-#     bash results/gpu/run.sh bench | mnist | mnist-bptt | tasks | text | sketchy
+#     bash results/gpu/run.sh measure | bench | mnist | mnist-bptt | tasks | text | sketchy
+#
+# "measure" comes first: step times, kernels and peak memory of every script. It stops where a guess was wrong.
 #
 # A stage that was cut off goes on where it stopped when it is called again, and prints its tables at the end. Weights that
 # may be kept are written in half precision. Settings, all from the environment:
@@ -9,6 +11,7 @@
 #     OUT=runs/gpu   where everything goes        CALL=9    minutes after which a run stops itself and can be resumed
 #     SCALE=1        factor on all minutes        FLAGS=""  added to new runs of smt.py and bptt.py
 #     BENCH="--preset gpu"   flags of bench.py          N=     test sequences, instead of each stage's own number
+#     MEASURE="--device cuda"  flags of count.py
 #
 # SCALE=0.005 N=5 FLAGS="--preset laptop --d_model 16 --n_val 5 --eval_every 0" tries a stage on a CPU in a minute.
 set -eu -o pipefail
@@ -48,6 +51,8 @@ EOF
 
 mkdir -p "$OUT"
 case ${1:-} in
+measure)
+    python results/gpu/count.py ${MEASURE:---device cuda} | tee "$OUT/measure.txt" ;;
 bench)
     python bench.py ${BENCH:---preset gpu} --seconds 20 | tee "$OUT/bench.txt"
     python bench.py ${BENCH:---preset gpu} --seconds 20 --compile | tee "$OUT/bench-compile.txt" ;;
@@ -57,8 +62,8 @@ mnist)  # 28x28, one fixed Bernoulli draw
     table mnist-dmt 10000; small mnist-dmt
     python sample.py --ckpt "$OUT/mnist-dmt/ckpt.pt" --n 100 --out "$OUT/mnist-dmt/100.png" ;;
 mnist-bptt)
-    train mnist-bptt bptt 17 --dataset mnist --image_size 28 --recompute 28
-    train mnist-bptt-gru bptt 17 --dataset mnist --image_size 28 --rnn gru --d_model 128 --mem_tokens 8 --recompute 28
+    train mnist-bptt bptt 17 --dataset mnist --image_size 28
+    train mnist-bptt-gru bptt 17 --dataset mnist --image_size 28 --rnn gru
     table mnist-bptt 10000; table mnist-bptt-gru 10000 ;;
 tasks)  # the hardest settings
     while read -r name flags; do
@@ -84,5 +89,5 @@ sketchy)
     train sketchy-dmt dmt 6 --ckpt "$OUT/sketchy-smt/ckpt.pt"
     table sketchy-dmt 300 ;;
 *)
-    sed -n '2,14p' "$0"; exit 2 ;;
+    sed -n '2,17p' "$0"; exit 2 ;;
 esac
