@@ -56,13 +56,15 @@ def fig14(lab: Lab) -> tuple[str, str]:
     rows = table(lab, measure)
     fig, axes = style.panels(2, height=3.0, subplot_kw=dict(projection="mollweide"))
     for ax, what in zip(axes, tasks):
-        mine = [row for row in rows if row["task"] == what]
-        for i, label in enumerate(sorted({str(row["read"]) for row in mine})):
-            at = [(row["longitude"], row["latitude"]) for row in mine if str(row["read"]) == label]
+        # of a string the first two symbols: more colours nobody could tell apart
+        mine = [(str(row["read"])[:2 if what == "copy" else 99], row["longitude"], row["latitude"])
+                for row in rows if row["task"] == what]
+        for i, label in enumerate(sorted({read for read, _, _ in mine})):
+            at = [place for read, *place in mine if read == label]
             ax.scatter(*zip(*at), s=9, color=style.COLOURS[i % 10], label=label, alpha=0.7)
         ax.set_title(f"{what}: the RNN's own memories")
         ax.tick_params(labelbottom=False, labelleft=False)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.42), ncol=5, title="has read")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.5), ncol=5, title="has read")
     style.save(fig, lab.out("fig14.png"))
     loss = {row["task"]: (row["excess"], row["states"]) for row in rows}
     good = all(excess < 0.05 for excess, _ in loss.values()) and loss["retrieval"][1] < \

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from console import fail
 from figures import races, style
 from figures.nets import opened
 from figures.runs import Job, Lab, log, read_csv, scores, table, train
@@ -106,6 +107,8 @@ def records(lab: Lab) -> tuple[str, str]:
         return "", ""
 
     def measure():
+        if not os.path.exists(source):
+            fail(f"{source}: missing; make it with python reproduce.py race28")
         for r in read_csv(source):
             if r["method"] in ("bptt", "dmt", "smt+bptt"):
                 yield dict(name=f"{style.METHODS[r['method']][0]}, {r['rnn']}", nats=r["rollout"],
@@ -120,7 +123,8 @@ def records(lab: Lab) -> tuple[str, str]:
                  xerr=[r["stderr"] for r in rows], color=colours)
     for i, r in enumerate(rows):
         axes[0].text(r["nats"], i, f" {r['nats']:.1f}", va="center", fontsize=8)
-    axes[0].set_title("28×28 MNIST: ours (blue; validation, our own Bernoulli draw), published (grey; test)")
+    axes[0].set_title("28×28 MNIST: ours (blue; validation, our own Bernoulli draw) and "
+                      "published (grey; test)", fontsize=9)
     style.save(fig, lab.out("records.png"))
     best = min((r for r in rows if "n" in r), key=lambda r: r["nats"])
     return f"{best['name']}: {best['nats']:.1f} ± {best['stderr']:.1f} nats in " \

@@ -32,7 +32,8 @@ def test_quick(name, folders, command, no_other_pictures):
     """Every figure at toy size: a picture, its numbers, its row; and --draw needs the numbers
     alone."""
     where, folder = folders
-    code, out, err = command(f"reproduce.py {name} --quick --device cpu {where}")
+    first = "race28 " if name == "records" else ""  # whose numbers it draws
+    code, out, err = command(f"reproduce.py {first}{name} --quick --device cpu {where}")
     assert code == 0, out + err
     place = folder / "results" / reproduce.PLACES.get(name, name)
     picture, numbers = place / f"{name}.png", runs.read_csv(place / f"{name}.csv")
