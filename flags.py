@@ -229,7 +229,7 @@ def refuse_nonsense(cfg) -> None:
     """Refuse values no run can mean. Raises UserError naming the flag."""
     least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size "
                           "n_val log_every span spans micro".split(), 1)
-    most = dict(threads=MOST_THREADS, first=1, ema=1, decay=1,
+    most = dict(threads=MOST_THREADS, first=1, ema=1, decay=1, rnn_from=0.9,
                 enc_layers=1000, dec_layers=1000, rnn_layers=1000,
                 d_model=10 ** 6, mem_tokens=10 ** 6, mem_dim=10 ** 6)
     for name, value in vars(cfg).items():

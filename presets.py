@@ -45,6 +45,7 @@ PRESETS["laptop"] = {
     "detach_dec":        (_,            False,        _),
     "times":             (0,            _,            _),
     "rnn_batch":         (3,            _,            _),
+    "rnn_from":          (0.5,          _,            _),
     "decode_own":        (True,         _,            _),
     "first":             (0.25,         0.25,         _),
     "futures":           (48,           128,          _),
@@ -119,6 +120,7 @@ PRESETS["paper"] = {
     "detach_dec":        (_,            True,         _),
     "times":             (2,            _,            _),
     "rnn_batch":         (0,            _,            _),
+    "rnn_from":          (0.0,          _,            _),
     "decode_own":        (False,        _,            _),
     "first":             (0.0,          1.0,          _),
     "futures":           (32,           0,            _),  # of a micro-batch: one a sequence

@@ -33,6 +33,7 @@ class Config(flags.Config):
     detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
     times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
     rnn_batch: int = flag("the RNN learns from so many sequences of a batch; 0 = all")
+    rnn_from: float = flag("part of the run without the RNN, first of all; the paper: 0")
     decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
     horizon: int = flag("learn also after so many updates alone; 0 = all; the paper: 1")
     futures: int = flag("memories that must predict their whole future")
@@ -53,8 +54,8 @@ def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
 
 
 def horizon_at(progress: float, most: int) -> int:
-    """Curriculum: 4 updates alone at first, growing geometrically to `most` when 80 % of the run
-    is done. At first the RNN's own memories are no place to learn from."""
+    """Curriculum: 4 updates alone at first, growing geometrically to `most` when 80 % of the RNN's
+    part of the run is done. At first the RNN's own memories are no place to learn from."""
     # Geometrically, 4 -> 8 -> 16 ..: each doubling takes as long, and most of a run stays cheap.
     return min(most, round(4 * (most / 4) ** min(1.0, progress / 0.8)))
 
@@ -122,9 +123,20 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None,
     return dict(loss=loss, dyn=dyn, unif=unif, variance=spread) | dec
 
 
+def teacher_alone(encoder: Encoder, decoder: Decoder, heads: Heads | None, x: Tensor, y: Tensor,
+                  times: Tensor, cfg: Config, gen: torch.Generator,
+                  density: float = 1.0) -> dict[str, Tensor]:
+    """Ours, the first --rnn_from of a run: Eq. 2 and 4. Memories that hold nothing yet are no
+    labels, and a step without the RNN takes less than half the time."""
+    m, times = encoder(x, times), on_device(times, x.device)            # (B, n, K, d)
+    unif = uniformity(m, gen)
+    dec = predictive(decoder, heads, m, times.expand(len(x), -1), x, y, cfg, gen, density)
+    return dict(loss=cfg.lambda_dec * dec["dec"] + cfg.lambda_unif * unif, unif=unif) | dec
+
+
 def sequential_layers(c: ModelConfig, horizon: int) -> int:
     """Layers of one step that must run one after another: the encoder's, those of horizon - 1
-    updates without a graph and of one with it, the decoder's."""
+    updates without a graph and of one with it (0: the teacher alone), the decoder's."""
     return c.enc_layers + horizon * c.update_layers + c.dec_layers
 
 
@@ -157,7 +169,8 @@ def main(argv) -> None:
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         run.set_learning_rate()
-        horizon = horizon_at(run.progress, min(cfg.horizon or T, cfg.times or T, T))
+        joined = (run.progress - cfg.rnn_from) / max(1e-9, 1 - cfg.rnn_from)  # below 0: not yet
+        horizon = horizon_at(max(0.0, joined), min(cfg.horizon or T, cfg.times or T, T))
         means = {}
         # Parts of a batch share their times. With one pass for each time, the paper's way, several
         # parts give a step more times than one.
@@ -165,11 +178,14 @@ def main(argv) -> None:
             x, y = task.batch(mine.batch_size // cfg.micro, run.gen)            # (B, T) each
             times = sample_times(T, cfg.times, run.gen)                         # (n,)
             with autocast(device):
-                losses = objective(encoder, decoder, rnn, heads, x, y, times, horizon, mine,
-                                   run.gen, task.density)
+                losses = teacher_alone(encoder, decoder, heads, x, y, times, mine, run.gen,
+                                       task.density) if joined < 0 else \
+                    objective(encoder, decoder, rnn, heads, x, y, times, horizon, mine, run.gen,
+                              task.density)
             (losses["loss"] / cfg.micro).backward()
             means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
-        run.update(means, cfg.batch_size * task.T, sequential_layers(c, horizon))
+        run.update(means, cfg.batch_size * task.T,
+                   sequential_layers(c, 0 if joined < 0 else horizon))
 
         # Readout and m_0 are copies: made of averaged weights, and only when somebody looks.
         if run.time_to_evaluate() or run.time_to_save():

@@ -174,6 +174,20 @@ def test_curriculum_of_the_horizon():
     assert [smt.horizon_at(p, n) for n in (1, 3) for p in (0.0, 0.5, 1.0)] == [1] * 3 + [3] * 3
 
 
+def test_the_teacher_alone_is_the_objective_without_the_rnn():
+    """Before --rnn_from the loss is Eq. 5 without Eq. 3, and the RNN has no gradient."""
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    cfg = recipe(smt, **PAPER | dict(lambda_dyn=0.0, lambda_unif=0.4, first=0.5))
+    alone = smt.teacher_alone(encoder, decoder, tiny.heads(), x, y, TIMES, cfg, gen())
+    whole = losses((encoder, decoder, rnn), heads=tiny.heads(), lambda_dyn=0.0, lambda_unif=0.4,
+                   first=0.5)
+    assert all(torch.equal(alone[k], whole[k]) for k in alone)
+    alone["loss"].backward()
+    assert all(p.grad is not None for p in (*encoder.parameters(), *decoder.parameters()))
+    assert all(p.grad is None for p in rnn.parameters())
+
+
 # --------------------------------------------------------------------------------------- everything
 
 @pytest.mark.parametrize("kind", ["causal", "bidirectional"])

@@ -23,7 +23,7 @@ LAPTOP = ModelConfig(vocab=3, n_out=2, T=196)  # MNIST 14x14 on 2 + 2 + 2 layers
 def test_a_step_at_laptop_size():
     """SMT: 2 + an update of 2 + 2, and 3 more updates where they begin on-policy. DMT: a span of 16
     and the readout. BPTT: 195 updates of 2 (m_0 is there already), and the readout."""
-    assert smt.sequential_layers(LAPTOP, 1) == 6
+    assert smt.sequential_layers(LAPTOP, 0) == 4 and smt.sequential_layers(LAPTOP, 1) == 6
     assert smt.sequential_layers(LAPTOP, smt.horizon_at(0.0, 196)) == 12
     assert dmt.sequential_layers(LAPTOP, recipe(dmt, span=16), 196) == (2 + 195 * 2, 16 * 2 + 2)
     assert bptt.sequential_layers(LAPTOP) == 392
@@ -90,7 +90,7 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
     steps learn from it."""
     T, B = 8, 4
     # four spans of 2 in each of 4 sequences: two steps a round; the whole sequence is the horizon
-    start = dict(smt="{TINY} --steps 4 --horizon 3", bptt="{TINY} --steps 4",
+    start = dict(smt="{TINY} --steps 4 --horizon 3 --rnn_from 0", bptt="{TINY} --steps 4",
                  dmt=f"--ckpt {tiny_smt} {{RUN}} --steps 6 --span 2 --spans 8 --reuse 1")
     for script, line in start.items():
         line = f"{script}.py {line} --log_every 1 --out_dir {tmp_path}/{script}"
@@ -109,14 +109,22 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
 
 
 def test_layers_follow_the_curriculum(command, tmp_path):
-    """What a step of SMT adds grows with its horizon, and stops at the sequence or at --times."""
-    code, _, err = command(f"smt.py {{TINY}} --steps 5 --log_every 1 --out_dir {tmp_path}/all")
+    """What a step of SMT adds grows with its horizon, and stops at the sequence or at --times. While
+    the teacher is alone it is its layers."""
+    code, _, err = command("smt.py {TINY} --steps 5 --log_every 1 --rnn_from 0 "
+                           f"--out_dir {tmp_path}/all")
     assert code == 0, err
     layers = [int(r["layers"]) for r in rows(tmp_path / "all")]
     steps = [b - a for a, b in zip([0, *layers], layers)]
     assert steps == [2 + smt.horizon_at(s / 5, 8) * 2 + 1 for s in range(5)]
     assert steps[0] == 11 and steps[-1] == 19
+    code, _, err = command("smt.py {TINY} --steps 4 --log_every 1 --rnn_from 0.5 "
+                           f"--out_dir {tmp_path}/half")
+    assert code == 0, err
+    # the teacher's 2 + 1, twice; then the curriculum, from its beginning to its end
+    half = [int(r["layers"]) for r in rows(tmp_path / "half")]
+    assert half[:3] == [3, 6, 6 + 11] and half[3] - half[2] == 2 + smt.horizon_at(0.5, 8) * 2 + 1
     code, _, err = command("smt.py {TINY} --steps 3 --log_every 1 --times 3 --horizon 100 "
-                           f"--out_dir {tmp_path}/few")
+                           f"--rnn_from 0 --out_dir {tmp_path}/few")
     assert code == 0, err
     assert [int(r["layers"]) for r in rows(tmp_path / "few")] == [9, 18, 27]

@@ -53,7 +53,7 @@ def newest(folder, name):
 PLAIN = "--ema 0 --eval_every 0 --log_every 1 --n_val 4"
 # nothing random but the batch: all times, no uniformity, no rows that are drawn
 EXACT = "--lambda_unif 0 --first 0 --futures 0 --horizon 1 --rnn_batch 0 --optimizer adamw " \
-    "--lr 1e-3"
+    "--lr 1e-3 --rnn_from 0"
 
 
 def test_two_halves_make_the_step_of_the_whole(tmp_path):
@@ -78,7 +78,7 @@ def test_a_run_of_two_is_resumed(tmp_path):
     """Each process goes on with its own generator: SMT stopped after two steps of four ends where
     the run without a stop ends, bit for bit; DMT runs; one process cannot take over."""
     # nothing that depends on how much of the run is left
-    smt = f"smt.py {TASK} {SIZES} {RUN} {PLAIN} --decay 1 --horizon 1"
+    smt = f"smt.py {TASK} {SIZES} {RUN} {PLAIN} --decay 1 --horizon 1 --rnn_from 0"
     lines = [f"{smt} --steps 4 --out_dir {tmp_path}/whole",
              f"{smt} --steps 2 --out_dir {tmp_path}/parts",
              f"smt.py --resume --steps 4 --out_dir {tmp_path}/parts",
