@@ -19,6 +19,8 @@ whole batches, of SMT's size, and end with an optimiser step, ours of the preset
 reference's of AdamW. MNIST at laptop sizes is timed at 14x14 and, because labels cost the reference
 a context each, at 28x28.
 """
+# before the slow imports, during which it answers Ctrl-C
+from console import MOST_THREADS, cli, demand, flags_in, parser, pick_device
 import dataclasses
 import functools
 import json
@@ -36,7 +38,6 @@ import flags
 import presets
 import smt
 import trainer
-from console import MOST_THREADS, cli, demand, parser, pick_device
 from losses import cross_entropy, futures
 from model import RNN, Decoder, Encoder, Heads, autocast
 
@@ -228,6 +229,7 @@ def main(argv) -> None:
     p.add_argument("--json", action="store_true",
                    help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
+    datasets.refuse_useless(a.dataset, flags_in(argv))
     demand("threads", a.threads, 0, MOST_THREADS)
     demand("seconds", a.seconds, 0, 1e6)
     if a.threads:

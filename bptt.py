@@ -7,6 +7,8 @@
 
 Writes runs/bptt-<dataset>.
 """
+# before the slow imports, during which it answers Ctrl-C
+from console import cli, fail
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import flags
 import ranks
 import trainer
-from console import cli, fail
 from evaluate import evaluate, networks, summary
 from flags import flag
 from losses import cross_entropy
@@ -119,9 +120,7 @@ def main(argv) -> None:
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():
                     run.save()
-    run.finish()
-    trainer.say(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
-                f"python sample.py --ckpt {run.path('ckpt.pt')}")
+    run.finish("evaluate.py", "sample.py")
 
 
 if __name__ == "__main__":

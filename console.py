@@ -1,5 +1,6 @@
 """How the scripts talk to whoever runs them: every mistake is one line and exit code 2.
 
+    import console                        # before torch: Ctrl-C during imports is one line, too
     p = console.parser("sample.py", __doc__)
     console.demand("n", a.n, 0, 100)      # refuses --n -1
     console.cli(main)                     # runs main(argv), and turns mistakes into one line
@@ -9,10 +10,21 @@ import functools
 import os
 import sys
 
-import torch
 
-from model import CheckpointError
-from sources.files import UserError
+def one_line_for_ctrl_c(kind, value, traceback):
+    """sys.excepthook, where main has not begun yet: importing torch takes seconds."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, value, traceback)
+
+
+sys.excepthook = one_line_for_ctrl_c
+
+import torch  # noqa: E402
+
+from model import CheckpointError  # noqa: E402
+from sources.files import UserError  # noqa: E402
 
 MOST_THREADS = 1024  # torch crashes on absurd numbers
 
@@ -34,8 +46,19 @@ def fail(message: str):
 def demand(name: str, value: float, low: float, high: float) -> None:
     """Refuse --name value unless low <= value <= high; NaN fails every comparison."""
     if not low <= value <= high:
-        allowed = f"from {low} to {high:g}" if high < 1e15 else f"of at least {low}"
-        fail(f"--{name} {value} is not allowed; give a number {allowed}")
+        fail(f"--{name} {value} is not allowed; give a number from {low:g} to {high:g}")
+
+
+def flags_in(argv) -> set[str]:
+    """The names of the flags on a command line."""
+    return {word[2:].partition("=")[0].removeprefix("no-") for word in argv if word[:2] == "--"}
+
+
+def refuse(names: str, flags, why: str) -> None:
+    """Refuse those of `names` that are among the flags given: they change nothing here."""
+    for name in names.split():
+        if name in flags:
+            fail(f"--{name} means nothing {why}; leave it out")
 
 
 def pick_device(name: str) -> str:
@@ -54,17 +77,23 @@ def pick_device(name: str) -> str:
     return name
 
 
+def hush() -> None:
+    """Nobody reads what is printed any more: from here on it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def cli(main) -> None:
     """Run main(argv); turn what the user can mend into one line on stderr and exit code 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a pipe that knows fewer characters than a text
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
-        return
+        return sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+        return hush()
     except (UserError, CheckpointError, OSError) as e:
         line, code = str(e), 2
     except KeyboardInterrupt:  # a training run saves first; here there was nothing to save yet
@@ -77,4 +106,8 @@ def cli(main) -> None:
             "and bptt.py --recompute 28"
         code = 2
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is what could not be written; the interpreter would try again at its end
+        hush()
     sys.exit(code)

@@ -14,12 +14,13 @@ the target after x_0..x_t has been read, -1 where there is none.
 To add one: write a function that returns a `Data` (for pictures `images.image_data` does it), give
 it a line in OPTIONS, in ABOUT and in `load`; a new option wants a line in HELP.
 """
+# before the slow imports, during which it answers Ctrl-C
+from console import cli, demand, flags_in, parser, refuse
 import argparse
 import os
 
 import torch
 
-from console import cli, demand, parser
 from sources import images, tasks, text
 from sources.files import Data, DataError, check
 
@@ -89,6 +90,7 @@ TEXTS = ("tinystories", "shakespeare", "pydoc", "text")
 TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: targets all the way
 SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation", "recency",
              "primacy")
+READS = ("mnist", "sketchy", "images", "tinystories", "shakespeare")  # files in data_dir
 VARIANTS = ("paper", "ours")  # of five synthetic tasks: as the authors define it, or another one
 
 
@@ -165,11 +167,12 @@ def add_options(p, dataset) -> None:
                        argparse.SUPPRESS)
 
 
-def refuse_foreign_options(dataset, given) -> None:
-    """Refuse an option of another dataset among the flags that were given. Raises DataError."""
-    for name in given:
-        if name in HELP and name not in OPTIONS[dataset]:
-            raise DataError(f"--{name} means nothing to --dataset {dataset}; leave it out")
+def refuse_useless(dataset, given) -> None:
+    """Refuse, among the flags given, an option of another dataset, and --data_dir where none is
+    read. Raises UserError."""
+    foreign = [name for name in HELP if name not in OPTIONS[dataset]]
+    foreign += [] if dataset in READS else ["data_dir"]
+    refuse(" ".join(foreign), given, f"to --dataset {dataset}")
 
 
 # ----------------------------------------------------------------------- python data.py DATASET
@@ -193,8 +196,10 @@ def main(argv):
         print("\n".join(f"{name:12} {about}" for name, about in ABOUT.items()))
         return
     demand("n", n, 0, 10_000)
-    refuse_foreign_options(name, given)
+    refuse_useless(name, flags_in(argv))
     d = load(name, given["data_dir"], **{k: v for k, v in given.items() if k in OPTIONS[name]})
+    if not d.image:
+        refuse("out", flags_in(argv), f"to --dataset {name}, which is no picture")
     floor = bayes(d.held_out("test"))
     print(f"{name}: {d.about}")
     print(f"T = {d.T}, inputs 0..{d.vocab - 1} (BOS = {d.bos}), targets 0..{d.n_out - 1}, "

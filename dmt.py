@@ -9,6 +9,8 @@ should have been. Then a few optimiser steps learn from random spans of the roun
 time: from its own m_{t-1} the RNN makes --span updates, and what it makes shall be the encoder's
 (Eq. 6) and predict (Eq. 2). A gradient crosses one span at most. Writes runs/dmt-<dataset>.
 """
+# before the slow imports, during which it answers Ctrl-C
+from console import cli, fail
 import math
 from dataclasses import dataclass
 
@@ -19,7 +21,6 @@ from torch import Tensor
 import flags
 import ranks
 import trainer
-from console import cli, fail
 from evaluate import evaluate, summary
 from flags import flag
 from losses import predictive
@@ -184,9 +185,7 @@ def main(argv) -> None:
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():
                     run.save()
-    run.finish()
-    trainer.say(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')} and "
-                f"python sample.py --ckpt {run.path('ckpt.pt')}")
+    run.finish("evaluate.py", "sample.py")
 
 
 if __name__ == "__main__":

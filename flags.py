@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import data as datasets
 import presets
-from console import MOST_THREADS, demand, fail, parser, pick_device
-from model import UPDATERS, CheckpointError, load_checkpoint
-from sources.files import Data
+from console import MOST_THREADS, demand, fail, parser, pick_device, refuse
+from model import (CHOICES, LIMITS, CheckpointError, demand_fields, load_checkpoint,
+                   size_problem)
+from sources.files import Data, UserError
 
 GROUPS = {  # of flags, in the order of --help
     "task": "what is learnt; the options of another dataset are shown by --dataset NAME --help",
@@ -25,6 +26,15 @@ GROUPS = {  # of flags, in the order of --help
     "method": "how they learn; defaults are shown for --preset {} and --dataset {}",
     "run": "how long, where and how often; these flags alone may change with --resume",
 }
+
+# Smallest and largest value of what is no size of a network; 0 and 1e12 where nothing is said.
+RANGES = dict.fromkeys("batch_size log_every span spans micro".split(), (1, 10 ** 9)) | dict(
+    lr=(1e-12, 1e18), seed=(0, 10 ** 18), threads=(0, MOST_THREADS), first=(0, 1), ema=(0, 1),
+    decay=(0, 1), rnn_from=(0, 0.9), n_val=(1, 10 ** 5))
+USELESS = (  # flags, and the value of another one with which they change nothing
+    ("rnn_layers", "rnn", "gru"), ("lambda_fut", "futures", 0), ("sweeps tube", "horizon", 1),
+    ("futures first lambda_fut detach_dec decode_own", "lambda_dec", 0),
+    *(("timestamps", "dataset", name) for name in datasets.TEXTS))
 
 
 def flag(help: str, group: str = "method", choices=None, default=dataclasses.MISSING):
@@ -47,9 +57,9 @@ class Config(Options):
     """Flags of every training script."""
     dataset: str = flag(", ".join(datasets.OPTIONS), "task", tuple(datasets.OPTIONS), "glyphs")
 
-    rnn: str = flag("updater of the RNN", "networks", sorted(UPDATERS))
+    rnn: str = flag("updater of the RNN", "networks", CHOICES["rnn"])
     encoder: str = flag("bidirectional: the paper's; causal: all in one pass",
-                        "networks", ("bidirectional", "causal"))
+                        "networks", CHOICES["encoder"])
     d_model: int = flag("width of all streams", "networks")
     n_heads: int = flag("H: attention heads", "networks")
     head_dim: int = flag("width of a head; 0 = d_model / H", "networks")
@@ -62,7 +72,7 @@ class Config(Options):
     mem_dim: int = flag("d: width of a memory token; 0 = d_model", "networks")
     heads: int = flag("F: linear heads predict the next F targets; 0 = none", "networks")
     timestamps: str = flag("who is told the time of a token, in tasks of one length", "networks",
-                           ("all", "encoder", "none"))
+                           CHOICES["timestamps"])
 
     preset: str = flag("sizes and recipe; empty = gpu on CUDA, else laptop", "method",
                        tuple(presets.PRESETS), "")
@@ -135,9 +145,11 @@ def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
     dataset = values.get("dataset") or given.get("dataset") or Config.dataset
     out_dir = given.get("out_dir") or f"runs/{script}-{dataset}"
     if given.get("resume"):
-        ckpt = stored_run(script, out_dir, given, fields)
+        ckpt = stored_run(script, Flags, out_dir, given, fields)
         values = ckpt["config"] | dict(overwrite=False, stop_after=0.0)
     else:
+        if ckpt and os.path.realpath(os.path.dirname(ckpt["path"])) == os.path.realpath(out_dir):
+            fail(f"--out_dir {out_dir} holds {ckpt['path']}, where this run starts; give another")
         if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and not given.get("overwrite"):
             fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or "
                  "another --out_dir")
@@ -150,8 +162,11 @@ def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
             values[other] = 0  # a run counted in steps has no clock: it can be repeated exactly
     values = dict(dataset=dataset) | values | given | dict(out_dir=out_dir)
     cfg = config(script, Flags, recipe=recipe, **values)
-    datasets.refuse_foreign_options(cfg.dataset, given)
+    datasets.refuse_useless(cfg.dataset, given)
     refuse_nonsense(cfg)
+    for names, other, value in USELESS:
+        if getattr(cfg, other, None) == value:
+            refuse(names, given, f"with --{other} {value}")
     return cfg, ckpt
 
 
@@ -206,10 +221,10 @@ def taken_from_checkpoint(given: dict) -> tuple[dict, dict | None]:
     return values | data_places(given, ckpt["config"]), ckpt
 
 
-def stored_run(script: str, out_dir: str, given: dict, fields: dict) -> dict:
+def stored_run(script: str, Flags, out_dir: str, given: dict, fields: dict) -> dict:
     """The newest checkpoint of the run in out_dir, which these flags may continue."""
     path = os.path.join(out_dir, "ckpt.pt")
-    ckpt = open_checkpoint(path)
+    ckpt = open_checkpoint(path, Flags)
     if ckpt["script"] != script:
         fail(f"--out_dir {out_dir} holds a run of {ckpt['script']}.py; resume it with that script")
     for name, f in fields.items():
@@ -225,18 +240,21 @@ def stored_run(script: str, out_dir: str, given: dict, fields: dict) -> dict:
     return ckpt
 
 
+def refuse_ranges(values: dict) -> None:
+    for name, value in values.items():
+        if type(value) in (int, float):
+            demand(name, value, *(RANGES | LIMITS).get(name, (0, 1e12)))
+
+
 def refuse_nonsense(cfg) -> None:
     """Refuse values no run can mean. Raises UserError naming the flag."""
-    least = dict.fromkeys("d_model n_heads mem_tokens enc_layers dec_layers rnn_layers batch_size "
-                          "n_val log_every span spans micro".split(), 1)
-    most = dict(threads=MOST_THREADS, first=1, ema=1, decay=1, rnn_from=0.9,
-                enc_layers=1000, dec_layers=1000, rnn_layers=1000,
-                d_model=10 ** 6, mem_tokens=10 ** 6, mem_dim=10 ** 6)
-    for name, value in vars(cfg).items():
-        if type(value) in (int, float):
-            demand(name, value, least.get(name, 0), most.get(name, 10 ** 18))
-    if cfg.lr == 0:
-        fail(f"--lr {cfg.lr} is not allowed; give a number above 0, such as 1e-3")
+    refuse_ranges(vars(cfg))
+    if bad := size_problem(vars(cfg)):
+        fail(bad)
+    weights = [k for k in ("lambda_mse", "lambda_dyn", "lambda_dec", "lambda_unif")
+               if hasattr(cfg, k)]
+    if weights and not any(getattr(cfg, k) for k in weights):
+        fail(f"--{', --'.join(weights)} are all 0, so nothing would be learnt; give one of them")
     if cfg.batch_size % getattr(cfg, "micro", 1):
         fail(f"--batch_size {cfg.batch_size} is not a multiple of --micro {cfg.micro}; "
              "change one of them")
@@ -244,12 +262,6 @@ def refuse_nonsense(cfg) -> None:
         fail("--times 1 leaves a step no transition; give 0 (all) or at least 2")
     if not cfg.steps and not cfg.minutes:
         fail("--steps and --minutes are both 0, so the run would never end; give one of them")
-    if not cfg.head_dim and cfg.d_model % cfg.n_heads:
-        fail(f"--d_model {cfg.d_model} is not a multiple of --n_heads {cfg.n_heads}; "
-             "change one, or give --head_dim")
-    if (cfg.head_dim or cfg.d_model // cfg.n_heads) % 2:
-        fail(f"--head_dim {cfg.head_dim or cfg.d_model // cfg.n_heads} is odd; RoPE rotates pairs, "
-             "make it even")
     if cfg.encoder == "causal" and cfg.ctx_len == 1:
         fail("--ctx_len 1 leaves a causal encoder one memory and no transition; "
              "give 0 (all) or at least 2")
@@ -257,13 +269,15 @@ def refuse_nonsense(cfg) -> None:
 
 # ---------------------------------------------------------------------------- checkpoints to read
 
-def open_checkpoint(path: str) -> dict:
-    """load_checkpoint, whose task and preset are known here. Raises CheckpointError."""
+def open_checkpoint(path: str, Flags=Config) -> dict:
+    """load_checkpoint, whose config is held against the flags. Raises CheckpointError."""
     ckpt = load_checkpoint(path)
-    for name, known in (("dataset", datasets.OPTIONS), ("preset", presets.PRESETS)):
-        if ckpt["config"][name] not in list(known):
-            raise CheckpointError(f"{path}: its {name} {ckpt['config'][name]!r} is unknown here; "
-                                  "it comes from another version")
+    try:
+        demand_fields(ckpt["config"], dataclasses.fields(Flags))
+        refuse_ranges(ckpt["config"])
+    except (ValueError, UserError) as e:
+        raise CheckpointError(f"{path}: in its config {e}; it is damaged or comes from another "
+                              "version") from None
     return ckpt
 
 

@@ -32,10 +32,12 @@ The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/te
     decode(m_2, [x_3, x_4]) predicts y_2 y_3 y_4 (Tf = 3): output i sits on the last token before.
 """
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import warnings
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -448,11 +450,87 @@ class Heads(nn.Module):
         return self.linear(m.flatten(1)).unflatten(1, self.shape)
 
 
+# ------------------------------------------------------------------------------------- checkpoints
+
 FORMAT = 2  # of checkpoints; counted up when older files cannot be used any more
+NETWORKS = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN, "heads": Heads}
+# What every checkpoint holds, and what one holds besides that can be resumed.
+HOLDS = dict(format=int, script=str, config=dict, model=dict)
+RESUMES = dict(step=int, tokens=int, layers=int, elapsed=float, best=float, metrics=dict, sums=dict,
+               newest=list, optimizers=list, rng=Tensor, torch_rng=Tensor)
+LIMITS = dict(vocab=(2, 10 ** 6), n_out=(1, 10 ** 6), T=(2, 10 ** 7), d_model=(1, 10 ** 6),
+              n_heads=(1, 1000), head_dim=(0, 10 ** 6), mem_tokens=(1, 10 ** 6),
+              mem_dim=(0, 10 ** 6), enc_layers=(1, 1000), dec_layers=(1, 1000),
+              rnn_layers=(1, 1000), ctx_len=(0, 10 ** 7), fut_len=(0, 10 ** 7), heads=(0, 10 ** 7))
+CHOICES = dict(rnn=tuple(sorted(UPDATERS)), encoder=("bidirectional", "causal"),
+               timestamps=("all", "encoder", "none"))
 
 
 class CheckpointError(Exception):
     """A file that is not a usable checkpoint; the message is one line for the user."""
+
+
+def demand_fields(values: dict, fields) -> None:
+    """Refuse a value that its dataclass field cannot have. Raises ValueError."""
+    for f in fields:
+        v, choices = values.get(f.name), f.metadata.get("choices") or CHOICES.get(f.name)
+        kinds = (int, float) if f.type is float else (f.type,)  # but a bool is no number
+        if f.name in values and not (type(v) in kinds and (not choices or v in choices)
+                                     or v is None and f.default is None):
+            raise ValueError(f"--{f.name} {v!r} is not allowed")
+
+
+def size_problem(c: dict) -> str | None:
+    """Why no network can have these sizes: one line that names a flag."""
+    for name, (low, high) in LIMITS.items():
+        if not low <= c.get(name, low) <= high:
+            return f"--{name} {c[name]} is not allowed; give a number from {low} to {high:,}"
+    if not c["head_dim"] and c["d_model"] % c["n_heads"]:
+        return f"--d_model {c['d_model']} is not a multiple of --n_heads {c['n_heads']}; " \
+               "change one, or give --head_dim"
+    if (hd := c["head_dim"] or c["d_model"] // c["n_heads"]) % 2:
+        return f"--head_dim {hd} is odd; RoPE rotates pairs, make it even"
+
+
+def leaves(value):
+    """All that is nested in dicts and lists."""
+    if isinstance(value, (dict, list, tuple)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from leaves(v)
+    else:
+        yield value
+
+
+def demand_usable(ckpt) -> None:
+    """The one check of a checkpoint: whoever holds it may trust its types, sizes and numbers.
+    Raises ValueError, or what odd values raise."""
+    ckpt = ckpt if isinstance(ckpt, dict) else {}
+    holds = HOLDS | (RESUMES if "newest" in ckpt else {})
+    bad = [name for name, kind in holds.items() if type(ckpt.get(name)) is not kind]
+    if bad or not {"dataset", "preset"} <= ckpt["config"].keys() \
+            or not {"rnn", "decoder"} & ckpt.keys() or "decoder" not in ckpt and "encoder" in ckpt:
+        raise ValueError(f"not a checkpoint of this project: look at its {bad or 'parts'}")
+    if ckpt["format"] != FORMAT:
+        raise ValueError(f"of format {ckpt['format']}, and this version reads format {FORMAT}; "
+                         "train again")
+    demand_fields(ckpt["model"], dataclasses.fields(ModelConfig))
+    c = ModelConfig(**ckpt["model"])
+    if bad := size_problem(vars(c)):
+        raise ValueError(bad)
+    if not max(c.ctx_len, c.fut_len, c.heads) <= c.T or not c.ctx_len or not c.fut_len:
+        raise ValueError("Tc, Tf and F do not fit its T")
+    image = ckpt["image"]
+    if image is not None and (list(map(type, image)) != [int, int] or math.prod(image) != c.T):
+        raise ValueError(f"its picture is {image}")
+    names, shapes = ckpt.keys() & NETWORKS.keys(), lambda d: {k: v.shape for k, v in d.items()}
+    with torch.device("meta"):  # shapes without memory: they may be absurd
+        wanted = {name: shapes(NETWORKS[name](c).state_dict()) for name in names}
+    if bad := [name for name in names if shapes(ckpt[name]) != wanted[name]]:
+        raise ValueError(f"its {bad[0]} has not the sizes that it says")
+    numbers = leaves([ckpt.get(k) for k in (*names, "newest", "optimizers", "sums")])
+    if not all(torch.as_tensor(v).isfinite().all() for v in numbers if v is not None) \
+            or not all(ckpt.get(k, 0) >= 0 for k in ("step", "tokens", "layers", "elapsed")):
+        raise ValueError("it holds numbers that are not finite, or below 0")
 
 
 def load_checkpoint(path: str) -> dict:
@@ -461,40 +539,31 @@ def load_checkpoint(path: str) -> dict:
         raise CheckpointError(f"{path}: no such checkpoint; train one first, or give the path of a "
                               "ckpt.pt")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles: the one line below says it all
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises half a dozen types for a damaged or malicious pickle
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
-        reason = "not a checkpoint of plain types" if reason.startswith("Weights only") else reason
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]}); it may be "
-                              "truncated, take another one") from None
-    kinds = dict(format=int, script=str, config=dict, model=dict)
-    if not isinstance(ckpt, dict) \
-            or any(type(ckpt.get(k)) is not v for k, v in kinds.items()) \
-            or not {"dataset", "preset"} <= ckpt["config"].keys() or "image" not in ckpt \
-            or not {"rnn", "decoder"} & ckpt.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of this project; give a ckpt.pt or "
-                              "best.pt")
-    if ckpt["format"] != FORMAT:
-        raise CheckpointError(f"{path}: a checkpoint of format {ckpt['format']}, and this version "
-                              f"reads format {FORMAT}; train again")
+        demand_usable(ckpt)
+    except Exception as e:  # what comes from a stranger's file raises a dozen types
+        reason = " ".join(str(e).split()) or type(e).__name__
+        reason = "it holds more than plain types" if reason.startswith("Weights only") else reason
+        raise CheckpointError(f"{path}: not a usable checkpoint ({reason[:160]}); take another "
+                              "one, or train again") from None
     return ckpt | dict(path=path)
 
 
 def build(ckpt: dict, *names: str) -> list[nn.Module]:
     """The networks `names` ("encoder", "decoder", "rnn", "heads") of a checkpoint, with its
-    weights, in eval mode."""
-    kinds = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN, "heads": Heads}
+    weights, in eval mode. Raises CheckpointError where it does not hold them."""
     out = []
     for name in names:
-        try:
-            net = kinds[name](ModelConfig(**ckpt["model"]))
-            net.load_state_dict(ckpt[name])
-        except Exception as e:  # sizes and weights come from the file: anything may be wrong
-            path, reason = ckpt.get("path", "checkpoint"), " ".join(str(e).split())[:120]
-            raise CheckpointError(f"{path}: no usable {name} ({reason}); it comes from another "
-                                  "script or version") from None
+        if name not in ckpt:
+            raise CheckpointError(f"{ckpt['path']}: no {name} in it, it is from "
+                                  f"{ckpt['script']}.py; give another script's")
+        net = NETWORKS[name](ModelConfig(**ckpt["model"]))
+        net.load_state_dict(ckpt[name])
         out.append(net.eval())
     return out
 

@@ -10,6 +10,8 @@ A run that was cut off goes on where it was when the same command is given again
 at a time, each on one core; minutes are those of one core. Writes results/FIGURE/FIGURE.png, the
 numbers as CSV beside it, and a row of results/README.md.
 """
+# before the slow imports, during which it answers Ctrl-C
+from console import cli, demand, fail, parser
 import dataclasses
 import math
 import os
@@ -22,7 +24,6 @@ import dmt
 import evaluate
 import flags
 import smt
-from console import cli, demand, fail, parser
 from figures import cost, credit, inside, ours, pictures, races, tasks, text
 from figures.runs import Lab, Planned, Stopped, commit, finished, read_csv, say, write_csv
 from model import CheckpointError

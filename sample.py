@@ -9,6 +9,8 @@
 Images go to --out as one PNG, text is printed. Synthetic tasks, whose inputs are not their outputs,
 print test sequences and the RNN's answers.
 """
+# before the slow imports, during which it answers Ctrl-C
+from console import cli, demand, fail, flags_in, parser, pick_device, refuse
 import os
 
 import numpy as np
@@ -16,8 +18,7 @@ import torch
 from torch import Tensor
 
 import flags
-from console import cli, demand, fail, parser, pick_device
-from data import TEXTS, sequences_to_images
+from data import READS, TEXTS, sequences_to_images
 from model import RNN, autocast, build, on_device
 from sources import text
 from sources.files import Data, written_whole
@@ -114,9 +115,21 @@ def read_flags(argv):
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
     a = p.parse_args(argv)
-    for name, low in (("n", 0), ("chars", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        demand(name, getattr(a, name), low, 10 ** 18)
+    for name, low, high in (("n", 0, 10_000), ("chars", 1, 10 ** 7), ("temperature", 0, 1e18),
+                            ("top_k", 0, 10 ** 6), ("seed", 0, 10 ** 18)):
+        demand(name, getattr(a, name), low, high)
     return a
+
+
+def refuse_useless(ckpt: dict, flags) -> None:
+    """Refuse, among the flags given, what means nothing to this checkpoint. Raises UserError."""
+    name, image = ckpt["config"]["dataset"], ckpt["image"]
+    nothing = "chars prompt data_file" if image else \
+        "prefix out data_dir data_file" if name in TEXTS else \
+        "chars prompt prefix out data_dir data_file temperature top_k seed"
+    refuse(nothing, flags, f"to this checkpoint, which was trained on {name}")
+    if image and not ("prefix" in flags and name in READS):
+        refuse("data_dir", flags, "where no data is read")
 
 
 def main(argv) -> None:
@@ -125,27 +138,24 @@ def main(argv) -> None:
     if "rnn" not in ckpt:
         fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); "
              "give one of smt.py, dmt.py or bptt.py")
+    refuse_useless(ckpt, flags_in(argv))
     device = pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
     image, T, name = ckpt["image"], rnn.c.T, ckpt["config"]["dataset"]
     config = ckpt["config"] | flags.data_places(vars(a), ckpt["config"])
     gen = torch.Generator().manual_seed(a.seed)
-    if a.prefix and image is None:
-        fail(f"--prefix completes images, and this checkpoint was trained on {name}")
-    if a.prompt and name not in TEXTS:
-        fail(f"--prompt starts a text, and this checkpoint was trained on {name}")
     if name in TEXTS:
         told = continuations(rnn, a.n or 3, a.chars, gen, a.temperature, a.top_k, a.prompt)
         return print(told, end="")
     if image is None:
         return print(answers(flags.load_data(config, device, ckpt), rnn, a.n or 16), end="")
-    n, columns, given, known = a.n or 40, 8, None, None
+    n, columns, begun, known = a.n or 40, 8, None, None
     if a.prefix:  # one test image a row: 0, 1/8 .. 3/4 of it given, at the right the image itself
         known = torch.tensor([0, T // 8, T // 4, T // 2, 3 * T // 4, T]).repeat(n)
-        given = flags.load_data(config, "cpu", ckpt).held_out("test", n)["y"]
-        given = given.repeat_interleave(6, 0)
-        n, columns, known = len(given), 6, known[:len(given)]
-    out = generate(rnn, n, T, gen, a.temperature, a.top_k, given, known)
+        begun = flags.load_data(config, "cpu", ckpt).held_out("test", n)["y"]
+        begun = begun.repeat_interleave(6, 0)
+        n, columns, known = len(begun), 6, known[:len(begun)]
+    out = generate(rnn, n, T, gen, a.temperature, a.top_k, begun, known)
     save_png(a.out, grid(out.view(-1, *image).numpy() / (rnn.c.n_out - 1), columns))
     print(f"{len(out)} images in {a.out}")
 

@@ -8,6 +8,8 @@ One step: one pass of the encoder makes the memories of all times; the RNN learn
 between them at once; decoder and heads predict the future from every one of them. A gradient
 crosses one update at most. Writes runs/smt-<dataset>.
 """
+# before the slow imports, during which it answers Ctrl-C
+from console import cli
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,6 @@ from torch import Tensor
 import flags
 import ranks
 import trainer
-from console import cli
 from evaluate import evaluate, summary
 from flags import flag
 from losses import predictive
@@ -198,8 +199,7 @@ def main(argv) -> None:
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():
                     run.save()
-    run.finish()
-    trainer.say(f"next: python dmt.py --ckpt {run.path('ckpt.pt')}")
+    run.finish("dmt.py")
 
 
 if __name__ == "__main__":

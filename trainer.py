@@ -14,7 +14,7 @@ A script's own file holds its objective and its loop; the loop makes these small
                     run.report(summary(evaluate(...)), best="rollout")
                 if run.time_to_save():
                     run.save()
-    run.finish()
+    run.finish("evaluate.py")                       # and what may be run next
 
 A run writes into out_dir: ckpt.pt (newest state, resumable), best.pt (best on the validation
 split), log.csv, config.json, curve.png and samples.png (or samples.txt).
@@ -36,11 +36,11 @@ import torch
 from torch import nn
 
 import ranks
-from console import fail, pick_device
+from console import fail, hush, pick_device
 from flags import load_data
 from model import FORMAT, CheckpointError, ModelConfig, load_checkpoint
 from muon import Muon
-from sources.files import Data, written_whole
+from sources.files import Data, lock, regular, writing, written_whole
 
 
 def setup(cfg, ckpt: dict | None = None) -> tuple[str, Data]:
@@ -103,6 +103,9 @@ def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Param
     return out
 
 
+OLD = "best.pt", "curve.png", "samples.png", "samples.txt"  # go where a run is replaced
+
+
 class Run:
     """One training run.
 
@@ -124,30 +127,28 @@ class Run:
         self.gen = torch.Generator().manual_seed(cfg.seed + 1_000_003 * ranks.RANK)
         self.step, self.tokens, self.layers = 0, 0, 0  # what was spent, and seconds of it
         self.spent, self.best = 0.0, math.inf
-        self.history, self.sums, self.metrics = [], {}, {}  # log.csv; losses since its last row
+        self.sums, self.metrics = {}, {}  # losses since the last log line; the last evaluation
+        self.history, self.columns, self.written = [], [], -1  # log.csv, and how much is in it
         # One thread of a CPU has a clock of its own, which a busy machine does not push on: races
         # between methods stay fair whatever else runs.
         self.clock = time.process_time if device == "cpu" and cfg.threads == 1 else time.time
         self.began = self.last_log = self.clock()
+        self.table = self.open_log()
         if cfg.resume:
             self.load(load_checkpoint(self.path("ckpt.pt")))
         self.tokens_logged = self.tokens
-        if not ranks.RANK:
-            with self.open("config.json", "w") as f:
-                json.dump(dataclasses.asdict(cfg), f, indent=1)
-        if cfg.overwrite and not ranks.RANK:
-            for name in ("ckpt.pt", "best.pt", "log.csv", "curve.png", "samples.png",
-                         "samples.txt"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.path(name))
+        # The old run stays until this one has a checkpoint. Of the ranks only the first writes.
+        self.replaces = bool(ranks.RANK or cfg.overwrite and os.path.exists(self.path("ckpt.pt")))
+        self.begin_files()
         if cfg.compile:
             compile_blocks(nets)
-        self.say_hello()
-        self.signals = []
-        self.handlers = {s: signal.signal(s, self.ask_to_stop)
-                         for s in (signal.SIGINT, signal.SIGTERM)}
+        self.asked = 0  # to stop, by the signal of this number
         self.called = time.time()
         self.look_at_the_clock()
+        self.stopped = False  # not before something can be saved
+        self.handlers = {s: signal.signal(s, self.ask_to_stop)
+                         for s in (signal.SIGINT, signal.SIGTERM)}
+        self.say_hello()
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
@@ -163,24 +164,36 @@ class Run:
                                     capture_output=True, text=True).stdout.strip()
         machine = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else \
             platform.machine()
-        say(f"{self.script} on {self.cfg.dataset} | preset {self.cfg.preset} | "
+        self.say(f"{self.script} on {self.cfg.dataset} | preset {self.cfg.preset} | "
             f"torch {torch.__version__} | {self.device} ({machine}, {torch.get_num_threads()} "
             f"threads) | commit {commit or 'unknown'}")
         trained = {id(p) for p in self.parameters()}
         for name, net in self.nets.items():
             sizes = {id(p): p.numel() for p in net.parameters()}
-            say(f"  {name}: {sum(sizes.values()):,} parameters, "
+            self.say(f"  {name}: {sum(sizes.values()):,} parameters, "
                 f"{sum(n for p, n in sizes.items() if p in trained):,} trained")
-        say("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.cfg).items()
+        self.say("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.cfg).items()
                             if v not in (None, "")))
         if self.step:
-            say(f"  resumed at step {self.step}, {self.spent / 60:.1f} minutes spent")
+            self.say(f"  resumed at step {self.step}, {self.spent / 60:.1f} minutes spent")
+
+    def say(self, line: str) -> None:
+        """Print it, the first rank. Where nobody reads any more, stop as after Ctrl-C."""
+        if ranks.RANK:
+            return
+        try:
+            print(line, flush=True)
+        except OSError:  # the reader of a pipe has left, or the disk with the output is full
+            hush()
+            self.asked = self.asked or 13  # SIGPIPE
 
     def ask_to_stop(self, number, frame) -> None:
         """Ctrl-C or SIGTERM: the loop ends after this turn. Asked again: at once, unsaved."""
-        if self.signals:
-            sys.exit(1)
-        self.signals.append(number)
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked = number
+        with contextlib.suppress(OSError):  # print could not be called while it prints
+            os.write(2, b"stopping after this step, saved; Ctrl-C again stops at once, unsaved\n")
 
     def elapsed(self) -> float:
         """Seconds, all resumes together."""
@@ -193,7 +206,7 @@ class Run:
         c, seconds = self.cfg, time.time() - self.called
         progress = min(1.0, max(self.step / c.steps if c.steps else 0.0,
                                 self.elapsed() / 60 / c.minutes if c.minutes else 0.0))
-        stopped = bool(self.signals or c.stop_after and seconds > 60 * c.stop_after)
+        stopped = bool(self.asked or c.stop_after and seconds > 60 * c.stop_after)
         # clocks differ, and processes that disagree would wait for each other for ever
         self.progress, stopped = ranks.decided(progress, stopped)
         self.done, self.stopped = self.progress >= 1, bool(stopped)
@@ -202,6 +215,7 @@ class Run:
         """Shall there be another turn of the loop? False when --steps or --minutes are over, and
         when Ctrl-C, SIGTERM or --stop_after asked for an end."""
         self.turn = self.step  # where this turn begins
+        self.write_log()  # the last turn's row is whole
         return not self.done and not self.stopped
 
     def time_to_evaluate(self) -> bool:
@@ -215,22 +229,26 @@ class Run:
         # Not step % every == 0: a turn of DMT makes many steps and may jump over the multiple.
         return bool(every) and self.step // every > self.turn // every
 
-    def finish(self) -> None:
-        """Say where everything is; a run that was stopped exits here and says how to go on."""
+    def finish(self, *then: str) -> None:
+        """Say where everything is and which scripts come next; a run that was stopped exits here
+        and says how to go on."""
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
+        self.write_log()
+        os.close(self.table)
         ranks.least(0)  # nobody leaves before rank 0 has written everything
         c = self.cfg
         if not self.done:
             here = sys.argv[0] if os.path.basename(sys.argv[0]) == f"{self.script}.py" else \
                 f"{self.script}.py"  # called by another script
-            say(f"stopped at step {self.step}; continue with: python {shlex.quote(here)} --resume "
-                f"--out_dir {shlex.quote(c.out_dir)}")
-            sys.exit(130 if self.signals else 0)  # 130: what a shell expects after Ctrl-C
-        made = [name for name in ("ckpt.pt", "best.pt", "log.csv", "curve.png", "samples.png",
-                                  "samples.txt") if os.path.exists(self.path(name))]
-        say(f"done: {self.step} steps, {self.elapsed() / 60:.1f} minutes; results in {c.out_dir}: "
-            f"{', '.join(made)}")
+            self.say(f"stopped at step {self.step}; continue with: python {shlex.quote(here)} "
+                     f"--resume --out_dir {shlex.quote(c.out_dir)}")
+            sys.exit(128 + self.asked if self.asked else 0)  # what a shell expects: 130 is Ctrl-C
+        made = [name for name in ("ckpt.pt", "log.csv", *OLD) if os.path.exists(self.path(name))]
+        self.say(f"done: {self.step} steps, {self.elapsed() / 60:.1f} minutes; results in "
+                 f"{c.out_dir}: {', '.join(made)}")
+        ckpt = shlex.quote(self.path("ckpt.pt"))
+        self.say("next: " + " and ".join(f"python {script} --ckpt {ckpt}" for script in then))
 
     # --------------------------------------------------------------------------------- one step
 
@@ -294,7 +312,7 @@ class Run:
         lr = self.optimizers[0].param_groups[0]["lr"]
         left = [(c.steps - self.step) * seconds / count] * bool(c.steps) + \
             [c.minutes * 60 - self.elapsed()] * bool(c.minutes)
-        say(f"step {self.step}{f'/{c.steps}' if c.steps else ''} | " +
+        self.say(f"step {self.step}{f'/{c.steps}' if c.steps else ''} | " +
             " | ".join(f"{k} {v:.4f}" for k, v in means.items()) +
             f" | lr {lr:.1e} | {speed / 1e3:.1f}k tok/s | eta {max(0, min(left)) / 60:.1f}m")
         self.record(dict(lr=lr) | means)
@@ -302,8 +320,10 @@ class Run:
     def report(self, numbers: dict, best: str) -> None:
         """Keep what an evaluation on the validation split found; best.pt holds the weights with
         the lowest `best`. Inside averaged()."""
+        if self.replaces and ranks.WORLD == 1:  # others would have to send what a checkpoint holds
+            self.save()
         self.metrics = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
-        say(f"step {self.step} | {self.elapsed() / 60:.1f}m | validation | " +
+        self.say(f"step {self.step} | {self.elapsed() / 60:.1f}m | validation | " +
             " | ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
         if self.metrics[best] < self.best:
             self.best = self.metrics[best]
@@ -314,17 +334,59 @@ class Run:
             draw_curve(self.history, f)
 
     def record(self, row: dict) -> None:
-        """Add to the history, one row a step. log.csv is the whole of it, so a resumed run leaves
-        no gap or double."""
-        # an evaluation after a log line of the same step joins its row
+        """Add to the history, one row a step: an evaluation after a log line joins its row."""
         row = dict(step=self.step, seconds=round(self.elapsed(), 2), tokens=self.tokens,
                    layers=self.layers) | row
         if self.history and self.history[-1]["step"] == self.step:
             row = self.history.pop() | row
+        else:
+            self.write_log()
         self.history.append(row)
-        columns = list(dict.fromkeys(k for r in self.history for k in r))
-        with self.open("log.csv", "w") as f:
-            csv.DictWriter(f, columns).writerows([dict(zip(columns, columns)), *self.history])
+
+    def open_log(self) -> int:
+        """log.csv, open and locked while this process lives: two runs in one folder would mix. It
+        grows, so it is the one file that is not written whole. Raises UserError."""
+        with writing(self.path("log.csv"), self.mend()):
+            os.makedirs(self.cfg.out_dir, exist_ok=True)
+            file = os.open(regular(self.path("log.csv")), os.O_RDWR | os.O_CREAT, 0o666)
+        if not ranks.RANK and lock(file) is False:
+            fail(f"--out_dir {self.cfg.out_dir}: another run is writing there; wait for it, or "
+                 "give another folder")
+        return file
+
+    def open_table(self):
+        """log.csv as a file; to close it leaves the lock."""
+        return open(self.table, "r+", newline="", encoding="utf-8", errors="replace",
+                    closefd=False)
+
+    def write_log(self) -> None:
+        """Append to log.csv what it lacks. A resumed run, and new columns such as those of the
+        first evaluation, write all of it again."""
+        if self.replaces or self.written == len(self.history):
+            return
+        rows = self.history[max(self.written, 0):]
+        columns = list(dict.fromkeys([*self.columns, *(k for row in rows for k in row)]))
+        with writing(self.path("log.csv"), self.mend()), self.open_table() as f:
+            f.seek(0, os.SEEK_END)
+            if self.written < 0 or columns != self.columns:
+                f.seek(0)
+                rows = [dict(zip(columns, columns))] * bool(columns) + self.history
+            csv.DictWriter(f, columns).writerows(rows)
+            f.truncate()
+        self.columns, self.written = columns, len(self.history)
+
+    def read_log(self) -> list[dict]:
+        """The rows of log.csv up to this step. What a killed run left behind it is cut off, and so
+        is what is damaged."""
+        rows, number = [], lambda v: int(v) if v.isdigit() else float(v)
+        with self.open_table() as f, contextlib.suppress(KeyError, ValueError, TypeError,
+                                                         AttributeError, csv.Error):
+            for row in csv.DictReader(f):
+                row = {k: number(v) for k, v in row.items() if v}
+                if row["step"] > self.step:
+                    break
+                rows.append(row)
+        return rows
 
     def demand_finite(self, numbers: dict[str, float]) -> None:
         if bad := [k for k, v in numbers.items() if not math.isfinite(v)]:
@@ -368,7 +430,8 @@ class Run:
         return dict(format=FORMAT, script=self.script, step=self.step, tokens=self.tokens,
                     layers=self.layers, config=dataclasses.asdict(self.cfg),
                     model=dataclasses.asdict(self.model), image=self.task.image,
-                    metrics=self.metrics) | \
+                    metrics=self.metrics,
+                    data=self.task.mark) | \
             {name: net.state_dict() for name, net in self.nets.items()}
 
     def save(self) -> None:
@@ -381,12 +444,30 @@ class Run:
         # takes.
         full = self.state() | dict(
             optimizers=[o.state_dict() for o in self.optimizers], newest=self.newest,
-            elapsed=self.elapsed(), best=self.best, history=self.history, sums=self.sums,
+            elapsed=self.elapsed(), best=self.best, sums=self.sums,
             rng=rng, torch_rng=torch.get_rng_state())
+        self.write_log()  # first: what lies behind a checkpoint is cut off, before it nothing lacks
         with self.open("ckpt.pt") as f:
             torch.save(full, f)
+        if self.replaces:
+            self.replaces = False
+            for name in OLD:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
+            self.begin_files()
+
+    def begin_files(self) -> None:
+        """log.csv and config.json of this run."""
+        self.write_log()
+        if not self.replaces:
+            with self.open("config.json", "w") as f:
+                json.dump(dataclasses.asdict(self.cfg), f, indent=1)
 
     def load(self, ckpt: dict) -> None:
+        """Go on from a checkpoint of this run. Raises CheckpointError, UserError."""
+        if ckpt.get("data", self.task.mark) != self.task.mark:
+            fail(f"{ckpt['path']}: the run began with another text than the one that is there now; "
+                 "put that one back, or start again with another --out_dir")
         try:
             if ckpt["model"] != dataclasses.asdict(self.model):
                 raise ValueError("its sizes are not those of its config")
@@ -395,39 +476,36 @@ class Run:
             self.average = [p.detach().clone() for p in self.parameters()] if self.cfg.ema else []
             with torch.no_grad():
                 for p, newest in zip(self.parameters(), ckpt["newest"], strict=True):
-                    p.copy_(newest)
+                    p.copy_(newest.view(p.shape))
             for optimizer, state in zip(self.optimizers, ckpt["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                groups = optimizer.state_dict()["param_groups"]  # made of the flags, as ever
+                optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
+                for p, kept in optimizer.state.items():
+                    if any(v.shape not in (p.shape, ()) for v in kept.values()):
+                        raise ValueError("optimizers of other networks")
             self.step, self.spent, self.best = ckpt["step"], ckpt["elapsed"], ckpt["best"]
             self.tokens, self.layers = ckpt["tokens"], ckpt["layers"]
-            self.history, self.sums = ckpt["history"], ckpt["sums"]
-            self.metrics = ckpt["metrics"]
+            self.sums, self.metrics = ckpt["sums"], ckpt["metrics"]
             states = ckpt["rng"].split(len(self.gen.get_state()))  # one of each rank
             if len(states) != ranks.WORLD:
                 raise ValueError(f"it is a run of {len(states)} processes, not {ranks.WORLD}")
             self.gen.set_state(states[ranks.RANK].clone())  # torch crashes on a part of a tensor
             torch.set_rng_state(ckpt["torch_rng"])
-        except (KeyError, ValueError, RuntimeError, TypeError) as e:
+        except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as e:
             reason = str(e).splitlines()[0][:120]
             raise CheckpointError(f"{self.path('ckpt.pt')}: cannot be resumed ({reason}); start "
                                   "again with --overwrite or another --out_dir") from None
+        self.history = self.read_log()
 
     def path(self, name: str) -> str:
         return os.path.join(self.cfg.out_dir, name)
 
+    def mend(self) -> str:
+        return f"make room, or give another folder than --out_dir {self.cfg.out_dir}"
+
     def open(self, name: str, mode: str = "wb"):
         """A file of out_dir to write, whole or not at all. Raises UserError."""
-        mend = f"make room, or give another folder than --out_dir {self.cfg.out_dir}"
-        try:
-            os.makedirs(self.cfg.out_dir, exist_ok=True)
-        except OSError as e:
-            fail(f"{self.cfg.out_dir}: cannot be made ({e.strerror}); {mend}")
-        return written_whole(self.path(name), mode, mend)
-
-
-def say(line: str) -> None:
-    if not ranks.RANK:
-        print(line, flush=True)
+        return written_whole(self.path(name), mode, self.mend())
 
 
 def draw_curve(history: list[dict], file) -> None:

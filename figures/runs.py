@@ -125,10 +125,12 @@ def command_line(flags: dict) -> list[str]:
 def argv_of(lab: Lab, job: Job, resume: bool) -> list[str]:
     """The command line of a run, without the script's name."""
     flags = {k: v for k, v in job.flags.items() if job.script != "bptt" or k not in TEACHER}
+    if flags.get("rnn") == "gru":
+        flags.pop("rnn_layers", None)  # it has none, and says so
     how = dict(minutes=job.minutes) if job.minutes else {}
     start = {"bptt": "init"}.get(job.script, "ckpt")
     how |= {start: lab.ckpt(job.after)} if job.after else {}
-    how |= dict(device=lab.device, threads=1, data_dir=lab.data_dir, out_dir=lab.folder(job.name))
+    how |= dict(device=lab.device, threads=1, out_dir=lab.folder(job.name))
     # saved often: a run that is cut off shall lose little
     return command_line(dict(preset="laptop", ckpt_every=100) | flags | how) + \
         ["--resume" if resume else "--overwrite"]
@@ -221,13 +223,14 @@ def scores(lab: Lab, names, n: int = 1000, split: str = "test", length: int = 0)
     todo = [Job(name, "evaluate", 0) for name in names if not fresh(name)]
 
     def start(job: Job):
-        how = dict(ckpt=lab.ckpt(job.name), n_test=n, split=split, threads=1, device=lab.device,
-                   data_dir=lab.data_dir) | (dict(length=length) if length else {})
+        how = dict(ckpt=lab.ckpt(job.name), n_test=n, split=split, threads=1, device=lab.device)
+        how |= dict(length=length) if length else {}
         return "evaluate", command_line(how) + ["--json"], path[job.name] + ".out"
 
     def end(job: Job) -> None:
         with open(path[job.name] + ".out") as f:
-            store(lab, job.name, file, json.loads(f.read().splitlines()[-1]))
+            said = [line for line in f if line.startswith("{")]  # a warning may follow it
+        store(lab, job.name, file, json.loads(said[-1]))
         os.remove(path[job.name] + ".out")
 
     work(lab, todo, start, end)
@@ -249,7 +252,7 @@ def work(lab: Lab, jobs: list[Job], start, end) -> None:
             for job in ready(lab, waiting, running, failed):
                 waiting.remove(job)
                 script, argv, log = start(job)
-                running[job.name] = job, launch(script, argv, log), log, time.time()
+                running[job.name] = job, launch(lab, script, argv, log), log, time.time()
             over = [n for n, (_, process, *_) in running.items() if process.poll() is not None]
             for name in over:
                 job, process, log, since = running.pop(name)
@@ -291,12 +294,14 @@ def call(lab: Lab, script: str, argv: list[str], log: str) -> None:
         lab.scripts[script](argv)
 
 
-def launch(script: str, argv: list[str], log: str) -> subprocess.Popen:
+def launch(lab: Lab, script: str, argv: list[str], log: str) -> subprocess.Popen:
     """The script as a process. A session of its own: Ctrl-C reaches it through us, once, because
     asked twice it would end unsaved."""
     with open(log, "w", encoding="utf-8") as f:
+        # not as --data_dir, which tasks without files refuse
         return subprocess.Popen([sys.executable, os.path.join(ROOT, f"{script}.py"), *argv],
-                                stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+                                stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
+                                env=os.environ | dict(SMT_DATA_DIR=lab.data_dir))
 
 
 def last_line(path: str) -> str:

@@ -1,13 +1,17 @@
 """What all sources share: the sequences they return, how they refuse, and their files.
 
 A file is looked for in data_dir and otherwise downloaded once. Whatever this project writes, it
-writes with `written_whole`: a file is the old one or the whole new one, never a part.
+writes with `written_whole`: a file is the old one or the whole new one, never a part. The one
+exception is the log of a run, which grows.
 """
 import contextlib
+import errno
+import glob
 import hashlib
 import http.client
 import os
 import sys
+import time
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -15,6 +19,11 @@ from pathlib import Path
 from typing import Callable
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked
+    fcntl = None
 
 
 class UserError(Exception):
@@ -46,6 +55,7 @@ class Data:
     show: Callable | None = None  # show(x_row, y_row) -> a line of text; None for pictures
     density: float = 1.0  # part of the times t that have a target, about
     late_from: int | None = None  # evaluate.py reports the targets at t >= late_from apart as well
+    mark: str = ""        # changes with the files it was read from; "" where no file is read
 
     @property
     def bos(self):
@@ -64,27 +74,72 @@ def one_line(e):
 
 # ------------------------------------------------------------------------------------- writing
 
-@contextlib.contextmanager
-def written_whole(path, mode="wb", mend=""):
-    """A file to write under a temporary name beside `path`. It becomes `path` at the end, or it
-    vanishes if anything fails, Ctrl-C included.
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a write raises where no more fits
+ROOM = "make room there, or choose another place"
 
-    Raises OSError where the disk refuses; UserError instead if `mend` says what the user can do.
-    """
-    part = f"{path}.{os.getpid()}.part"
+
+def lock(file) -> bool | None:
+    """Keep an open file for this process, which may lock it again. False: another process has it;
+    None: this system cannot tell. The lock ends with the process, however that ends."""
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-        os.replace(part, path)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except (OSError, AttributeError):  # a file system without locks, or fcntl is None
+        return None
+
+
+def regular(path):
+    """Where a write to `path` goes: through symbolic links. Raises OSError for what is there and no
+    plain file: a device would be replaced, a pipe would hang."""
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path
+
+
+def remove_parts(path):
+    """Remove what processes that died left beside `path`: their locks are gone. Where nothing can
+    be locked, everything stays; what is a second old may still be waiting for its lock."""
+    for part in glob.glob(f"{glob.escape(path)}.*.part"):
+        with contextlib.suppress(OSError):
+            if part == f"{path}.{os.getpid()}.part" or time.time() - os.path.getmtime(part) < 1:
+                continue
+            with open(part, "r+b") as f:
+                if lock(f):
+                    os.remove(part)
+
+
+@contextlib.contextmanager
+def writing(path, mend=ROOM, errors=()):
+    """Inside, what the disk refuses (only `errors`, if there are any) is a UserError that says
+    `mend`."""
+    try:
+        yield
     except (OSError, RuntimeError) as e:
         # torch.save hides a full disk behind a RuntimeError of its own
         cause = e if isinstance(e, OSError) else e.__context__
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or errors and cause.errno not in errors:
             raise
-        if mend:
-            reason = cause.strerror or cause
-            raise UserError(f"{path}: cannot be written ({reason}); {mend}") from None
-        raise cause
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); {mend}") from None
+
+
+@contextlib.contextmanager
+def written_whole(path, mode="wb", mend=ROOM):
+    """A file to write under a temporary name beside `path`. It becomes `path` at the end, or it
+    vanishes if anything fails, Ctrl-C included. Raises UserError."""
+    with writing(path, mend):
+        target = regular(path)
+        remove_parts(target)
+        part = f"{target}.{os.getpid()}.part"
+        f = open(part, mode, encoding=None if "b" in mode else "utf-8")
+    try:
+        with writing(path, mend, FULL), f:  # of the caller's own files and downloads it says so
+            lock(f)
+            yield f
+        with writing(path, mend):
+            os.replace(part, target)
     finally:
         with contextlib.suppress(OSError):  # gone already, unless something failed
             os.remove(part)
@@ -162,3 +217,30 @@ def cache_path(source, suffix, *facts):
     if not path.exists():
         print(f"{folder} is not for writing; keeping a packed copy in {path}", file=sys.stderr)
     return path
+
+
+def fingerprint(path):
+    """Bytes and sha256 of a file, in one line of text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return f"{os.path.getsize(path)} {digest.hexdigest()}"
+
+
+def cached(source, suffix, facts, make):
+    """What make(file) writes, from `source` and the facts: (its path, its fingerprint). The file of
+    an earlier call is used if it is what was written then, by the fingerprint that lies beside
+    it."""
+    path = cache_path(source, suffix, *facts)
+    beside = Path(f"{path}.sha256")
+    with contextlib.suppress(OSError, ValueError):  # one of them is not there, or is no text
+        if path.is_file() and beside.is_file() and \
+                (mark := fingerprint(path)) == beside.read_text():
+            return path, mark
+    with written_whole(path) as f:
+        make(f)
+    mark = fingerprint(path)
+    with written_whole(beside, "w") as f:
+        f.write(mark)
+    return path, mark

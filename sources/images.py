@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sources.files import (BAD_CONTENT, Data, DataError, cache_path, check, find_file, one_line,
+from sources.files import (BAD_CONTENT, Data, DataError, cached, check, find_file, one_line,
                            written_whole)
 
 # ----------------------------------------------------------------------------------------------
@@ -217,16 +217,16 @@ def folder_images(name, data_dir, image_size):
     the same split."""
     check(8 <= image_size <= 128, "image_size", image_size, f"between 8 and 128 for {name}")
     folder, paths = sketchy_files(data_dir) if name == "sketchy" else picture_files(data_dir)
-    stats = [path.stat() for path in paths if path.is_file()]
-    cache = cache_path(folder, ".npz", name, image_size, [str(path) for path in paths],
-                       max((s.st_mtime_ns for s in stats), default=0),
-                       sum(s.st_size for s in stats))
-    packed = read_cache(cache, image_size)
-    if packed is None:
-        packed = pack_pictures(folder, paths, image_size, by_photo=name == "sketchy")
-        with written_whole(cache) as f:
-            np.savez(f, bits=packed[0], split=packed[1])
-    bits, split = packed
+    stats = [path.stat() for path in paths]
+    facts = (name, image_size, [str(path) for path in paths],
+             max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats))
+
+    def pack(file):
+        bits, split = pack_pictures(folder, paths, image_size, by_photo=name == "sketchy")
+        np.savez(file, bits=bits, split=split)
+
+    with np.load(cached(folder, ".npz", facts, pack)[0], allow_pickle=False) as z:
+        bits, split = z["bits"], z["split"]
     images = {}
     for i, key in enumerate(("train", "val", "test")):
         pixels = np.unpackbits(bits[split == i], axis=1, count=image_size ** 2)
@@ -240,7 +240,8 @@ def folder_images(name, data_dir, image_size):
 def picture_files(data_dir):
     if not os.path.isdir(data_dir):
         raise DataError(f"--data_dir {data_dir}: no such folder")
-    paths = sorted(path for path in Path(data_dir).rglob("*") if path.suffix.lower() in KINDS)
+    paths = sorted(path for path in Path(data_dir).rglob("*")
+                   if path.suffix.lower() in KINDS and path.is_file())  # to open a pipe would hang
     if not paths:
         raise DataError(f"--data_dir {data_dir}: no picture in it ({', '.join(KINDS)})")
     return Path(data_dir), paths
@@ -248,7 +249,7 @@ def picture_files(data_dir):
 
 def sketchy_files(data_dir):
     for folder in (Path(data_dir, sub) for sub in SKETCHY):
-        if paths := sorted(folder.glob("*/*.png")):
+        if paths := sorted(path for path in folder.glob("*/*.png") if path.is_file()):
             return folder, paths
     raise DataError(f"{Path(data_dir, SKETCHY[0])}: missing; get the archive of the Sketchy "
                     "Database from http://sketchy.eye.gatech.edu and unpack it there, or name its "
@@ -302,18 +303,6 @@ def read_ink(path, size):
     page.paste(ink, ((size - ink.width) // 2, (size - ink.height) // 2))
     # 1e-3: a quarter is ink in spite of rounding
     return (np.asarray(page) >= 255 * STROKE - 1e-3).astype(np.uint8)
-
-
-def read_cache(path, size):
-    """(bits, split) as pack_pictures made them; None if the file is missing or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            bits, split = z["bits"], z["split"]
-    except Exception:  # not there, cut, not a zip, another array: numpy raises half a dozen types
-        return None
-    fits = bits.dtype == split.dtype == np.uint8 and split.ndim == 1 and len(split) > 0 \
-        and split.max() <= 2 and bits.shape == (len(split), -(-size * size // 8))
-    return (bits, split) if fits else None
 
 
 # ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ that is.
 """
 import codecs
 import gzip
+import hashlib
 import os
 import re
 import sys
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sources.files import (BAD_CONTENT, Data, DataError, cache_path, check, find_file, local_file,
-                           one_line, written_whole)
+from sources.files import (BAD_CONTENT, Data, DataError, cached, check, find_file, fingerprint,
+                           local_file, one_line)
 
 BOUNDARY = 255                # the last of 256 ids, so it is also BOS
 SEPARATOR = "<|endoftext|>"   # how a boundary is written in files and prompts
@@ -67,29 +68,41 @@ def show(x, y):
 def text_data(name, data_dir, length, data_file="", device="cpu"):
     T = length
     check(T >= 2, "length", T, "at least 2: BOS and one byte")
-    source, parts = load_bytes(name, data_dir, data_file)
+    source, parts, mark = load_bytes(name, data_dir, data_file)
     for split, part in parts.items():
         if len(part) < T:
             raise DataError(f"{source}: too short for --length {T}, its {split} split has only "
                             f"{len(part)} bytes")
+
+    files = {part.filename for part in parts.values() if hasattr(part, "filename")}
+    files = {path: os.path.getsize(path) for path in files}
+
+    def demand_whole():
+        # to touch a mapped page behind the end of its file kills a process without a word
+        for path, size in files.items():
+            if os.path.exists(path) and os.path.getsize(path) < size:
+                raise DataError(f"{path}: became shorter while it was in use; put it back and go "
+                                "on with --resume")
 
     def sequences(rows):
         y = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
         return torch.cat([torch.full_like(y[:, :1], BOUNDARY), y[:, :-1]], 1), y
 
     def batch(n, generator):
+        demand_whole()
         begin = torch.randint(len(parts["train"]) - T + 1, (n, 1), generator=generator)
         return sequences(parts["train"][(begin + torch.arange(T)).numpy()])
 
     def held_out(split, n=None):
         assert split in ("val", "test"), split
+        demand_whole()
         n = min(len(parts[split]) // T, HELD_OUT if n is None else n)
         x, y = sequences(parts[split][:n * T].reshape(n, T))  # windows side by side
         return dict(x=x, y=y, clean=None, posterior=None)
 
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in parts.items()) + " bytes"
     return Data(name, T=T, vocab=256, n_out=256, units="nats/char", timestamps=False, image=None,
-                batch=batch, held_out=held_out, sizes=sizes, show=show, late_from=T // 2,
+                batch=batch, held_out=held_out, sizes=sizes, show=show, late_from=T // 2, mark=mark,
                 about=f"{ABOUT.get(name, source)}; windows of {T} bytes from anywhere")
 
 
@@ -97,15 +110,17 @@ def text_data(name, data_dir, length, data_file="", device="cpu"):
 # where the bytes come from
 
 def load_bytes(name, data_dir, data_file=""):
-    """(what it is called, {"train", "val", "test": uint8 array}); the arrays of files are memory
-    maps. The last 5 % test and the 5 % before validate; of TinyStories the last 5 % of the training
-    file validate."""
+    """(what it is called, {"train", "val", "test": uint8 array}, the fingerprint of its bytes); the
+    arrays of files are memory maps. The last 5 % test and the 5 % before validate; of TinyStories
+    the last 5 % of the training file validate."""
     if name == "tinystories":
-        train, test = [mapped(path, pack(path, separated=True)) for path in story_files(data_dir)]
+        packed = [(path, *pack(path, separated=True)) for path in story_files(data_dir)]
+        train, test = [mapped(source, path) for source, path, _ in packed]
+        mark = " ".join(mark for _, _, mark in packed)
         cut = len(train) * 95 // 100
         # the next boundary: no story lies on both sides
         cut += int((train[cut:cut + LONGEST] == BOUNDARY).argmax()) + 1
-        return Path(data_dir, name), dict(train=train[:cut], val=train[cut:], test=test)
+        return Path(data_dir, name), dict(train=train[:cut], val=train[cut:], test=test), mark
     if name == "pydoc":
         try:
             from pydoc_data.topics import topics
@@ -114,6 +129,7 @@ def load_bytes(name, data_dir, data_file=""):
                             "choose another dataset")
         joined = b"\xff".join(topics[key].encode() for key in sorted(topics))
         source, whole = "pydoc", np.frombuffer(joined, np.uint8)
+        mark = hashlib.sha256(joined).hexdigest()  # another Python has other topics
     else:
         if name == "shakespeare":  # in a folder of its own: many a file is called input.txt
             source = find_file(Path(data_dir, name), "", SHAKESPEARE[0], MIRRORS[name],
@@ -123,9 +139,10 @@ def load_bytes(name, data_dir, data_file=""):
         elif not os.path.isfile(source := data_file):
             wrong = "not a file" if os.path.exists(data_file) else "no such file"
             raise DataError(f"--data_file {data_file}: {wrong}")
-        whole = mapped(source, pack(source))
+        path, mark = pack(source)
+        whole = mapped(source, path)
     a, b = len(whole) * 90 // 100, len(whole) * 95 // 100
-    return source, dict(train=whole[:a], val=whole[a:b], test=whole[b:])
+    return source, dict(train=whole[:a], val=whole[a:b], test=whole[b:]), mark
 
 
 def story_files(data_dir):
@@ -153,23 +170,20 @@ def mapped(source, path):
 
 
 def pack(path, separated=False):
-    """The file that holds the bytes of a text: a packed one, made at the first call, or `path`
-    itself if it is plain text with nothing to replace, which is then only read through. Raises
-    DataError."""
+    """(The file that holds the bytes of a text, its fingerprint): a packed one, made at the first
+    call, or `path` itself if it is plain text with nothing to replace, which is then only read
+    through. Raises DataError."""
     try:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"\x1f\x8b"
         if not zipped and not separated:
             for _ in blocks(path):
                 pass
-            return path
+            return path, fingerprint(path)
         stat = os.stat(path)
-        packed = cache_path(path, ".bytes", stat.st_size, stat.st_mtime_ns, separated)
-        if not packed.exists():
-            with written_whole(packed) as f:
-                for piece in split_stories(blocks(path)) if separated else blocks(path):
-                    f.write(piece)
-        return packed
+        pieces = lambda: split_stories(blocks(path)) if separated else blocks(path)
+        return cached(path, ".bytes", (stat.st_size, stat.st_mtime_ns, separated),
+                      lambda f: f.writelines(pieces()))
     except BAD_CONTENT as e:
         raise DataError(f"{path}: {one_line(e)}")
 

@@ -99,7 +99,7 @@ def test_files_are_mapped_not_read(tales, tmp_path):
     path = put(tmp_path / "a.txt", TALE.encode() * 50)
     zipped = put(tmp_path / "b.gz", TALE.encode() * 50, zipped=True)
     for name, file in (("tinystories", ""), ("text", str(path)), ("text", str(zipped))):
-        _, parts = text.load_bytes(name, tales, file)
+        _, parts, _ = text.load_bytes(name, tales, file)
         assert all(isinstance(part, np.memmap) and not part.flags.writeable
                    for part in parts.values())
 
@@ -135,7 +135,7 @@ def test_the_text_of_a_file_is_all_there(tmp_path):
     content = TALE.encode() * 40
     for zipped in (False, True):
         path = put(tmp_path / f"file{zipped}", content, zipped)
-        _, parts = text.load_bytes("text", tmp_path, str(path))
+        _, parts, _ = text.load_bytes("text", tmp_path, str(path))
         assert b"".join(parts[k].tobytes() for k in ("train", "val", "test")) == content
 
 
@@ -146,7 +146,7 @@ def test_blocks_do_not_show(tales, monkeypatch, block):
     """However small the blocks, and wherever they cut a separator or a character, the packed
     stories are the same."""
     monkeypatch.setattr(text, "BLOCK", block)
-    _, parts = text.load_bytes("tinystories", tales)
+    _, parts, _ = text.load_bytes("tinystories", tales)
     packed = parts["train"].tobytes() + parts["val"].tobytes()
     assert [s.decode() for s in packed.split(b"\xff")] == STORIES + [""]
     assert 0.03 * len(packed) < len(parts["val"]) <= 0.05 * len(packed)
@@ -161,7 +161,7 @@ def test_separators_are_written_in_many_ways(tales, sep):
     """Windows newlines, empty lines and empty stories leave no trace; the last story needs no
     separator."""
     put(tales / "tinystories" / V2[0], as_file(STORIES, sep) + b"last\n")
-    _, parts = text.load_bytes("tinystories", tales)
+    _, parts, _ = text.load_bytes("tinystories", tales)
     packed = parts["train"].tobytes() + parts["val"].tobytes()
     assert [s.decode() for s in packed.split(b"\xff")] == STORIES + ["last", ""]
 
@@ -190,13 +190,13 @@ def test_a_text_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     anew."""
     path = put(tmp_path / "a.gz", b"old " * 100, zipped=True)
     load = lambda: text.load_bytes("text", tmp_path, str(path))[1]["train"].tobytes()
-    assert load().startswith(b"old ") and len(listing(tmp_path)) == 2
+    assert load().startswith(b"old ") and len(listing(tmp_path)) == 3  # and its sum
     with monkeypatch.context() as m:
         m.setattr(text, "blocks", lambda path: pytest.fail("read again"))
         assert load().startswith(b"old ")
     put(path, b"new " * 100, zipped=True)
     os.utime(path, (1, 1))
-    assert load().startswith(b"new ") and len(listing(tmp_path)) == 3
+    assert load().startswith(b"new ") and len(listing(tmp_path)) == 5
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_a_folder_that_is_not_for_writing_is_left_alone(tmp_path, cache, capsys)
             text.load_bytes("text", tmp_path, str(folder / "a.gz"))
     finally:
         folder.chmod(0o755)
-    assert listing(folder) == ["a.gz"] and len(listing(cache)) == 1
+    assert listing(folder) == ["a.gz"] and len(listing(cache)) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(folder) in err and str(cache) in err
 
@@ -370,7 +370,7 @@ def test_the_next_mirror_is_tried(tmp_path, mirrors, name, kind):
     data.load(name, tmp_path, length=8)
     wanted = {"shakespeare": ["shakespeare/input.txt"],
               "tinystories": [f"tinystories/{n}" for n in V2]}[name]
-    assert [f for f in listing(tmp_path) if not f.endswith(".bytes")] == sorted(wanted)
+    assert [f for f in listing(tmp_path) if not f.endswith((".bytes", ".sha256"))] == sorted(wanted)
     mirrors(name, "dead")
     data.load(name, tmp_path, length=8)  # downloaded once
 
@@ -402,7 +402,7 @@ def real(*names):
 @real("shakespeare/input.txt")
 def test_the_real_shakespeare():
     """A megabyte, of which 90 per cent train; the published digest."""
-    _, parts = text.load_bytes("shakespeare", REAL)
+    _, parts, _ = text.load_bytes("shakespeare", REAL)
     assert {k: len(v) for k, v in parts.items()} == dict(train=1_003_854, val=55_770, test=55_770)
     content = b"".join(parts[k].tobytes() for k in ("train", "val", "test"))
     assert hashlib.sha256(content).hexdigest() == text.SHAKESPEARE[2]
@@ -418,7 +418,7 @@ def test_the_real_tinystories(tmp_path):
         (tmp_path / "tinystories").mkdir(exist_ok=True)
         (tmp_path / "tinystories" / path.name).symlink_to(path)
     d = data.load("tinystories", tmp_path)
-    _, parts = text.load_bytes("tinystories", tmp_path)
+    _, parts, _ = text.load_bytes("tinystories", tmp_path)
     if (tmp_path / "tinystories" / "valid.txt.gz").exists():
         raw = gzip.open(tmp_path / "tinystories" / "valid.txt.gz").read()
         assert (parts["test"] == 255).sum() == raw.count(SEP.encode())

@@ -61,8 +61,7 @@ def main(argv) -> None:
                                                 fast=True)), best="teacher")
                 if run.time_to_save():
                     run.save()
-    run.finish()
-    print(f"next: python evaluate.py --ckpt {run.path('ckpt.pt')}")
+    run.finish("evaluate.py")
 
 
 if __name__ == "__main__":

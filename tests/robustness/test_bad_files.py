@@ -105,7 +105,7 @@ def test_the_malicious_pickle_is_malicious(tmp_path):
 
 
 @pytest.mark.parametrize("part",
-                         ["optimizers", "rng", "torch_rng", "history", "encoder", "elapsed"])
+                         ["optimizers", "rng", "torch_rng", "newest", "encoder", "elapsed"])
 def test_a_checkpoint_without_what_resuming_needs(part, command, tiny_smt, tmp_path):
     """A checkpoint made for sampling, or damaged, is refused by --resume with one line instead of
     half-loaded."""

@@ -207,7 +207,7 @@ def picture_ckpt(tmp_path_factory):
     needs."""
     from model import FORMAT, RNN, ModelConfig
     c = ModelConfig(vocab=3, n_out=2, T=6, d_model=8, n_heads=1, mem_tokens=2, rnn_layers=1,
-                    dec_layers=1, ctx_len=6)
+                    dec_layers=1, ctx_len=6, fut_len=6, heads=6)
     path = tmp_path_factory.mktemp("pictures") / "rnn.pt"
     torch.save(dict(format=FORMAT, script="smt", config=dict(dataset="glyphs", preset="laptop"),
                     image=(2, 3),
@@ -402,7 +402,8 @@ def distance(a, b):
 
 
 # "a + b": what b changes on top of a.
-SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --decay 1 | --lambda_dec 2 | "
+SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --decay 1 | "
+       "--lambda_dec 2 | "
        "--lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --times 4 | --rnn_batch 2 | "
        "--rnn_from 0 | --no-decode_own | --first 0.7 | --futures 3 | --lambda_fut 3 | --horizon 1 | "
        "--horizon 3 | --heads 0 | --heads 2 | --mem_dim 12 | --timestamps none | "
@@ -412,8 +413,8 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--rnn gru | --ema 0.05 | --optimizer adamw | --length 9 | --symbols 4 | --noise 0.9 | "
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
-       "--lambda_mse 5 | --span 1 | --spans 5 | --reuse 3 | --reuse 0 | --first 0.3 | --futures 3 | "
-       "--lambda_fut 3 | --ema 0.05 | --tube 0 + --tube 0.1 | --tube 0 + --horizon 1 | "
+       "--lambda_mse 5 | --span 1 | --spans 5 | --reuse 3 | --reuse 0 | --first 0.3 | "
+       "--futures 3 | --lambda_fut 3 | --ema 0.05 | --tube 0 + --tube 0.1 | --horizon 1 | "
        "--tube 0 --horizon 3 + --sweeps").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
 WITHOUT = set("recompute dataset data_dir preset device threads compile ckpt init".split()) \

@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import flags
+from sources import files
 from sources import images as pictures
 from data import DataError
 
@@ -185,7 +186,7 @@ def test_what_is_no_picture_is_skipped_and_counted(album, capsys, monkeypatch):
     got = pictures.folder_images("images", album, 8)
     assert sum(map(len, got.values())) == 60
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "skipped 6 of 66" in err
+    assert err.count("\n") == 1 and "skipped 4 of 64" in err  # a folder, a dead link: no files
     assert all(name in err
                for name in ("0text.png", "1empty.jpg", "2cut.png")) and "4giant" not in err
 
@@ -253,21 +254,28 @@ def test_pictures_are_read_once(album, monkeypatch):
 def test_a_damaged_copy_is_made_again(album, damage):
     """Cut, overwritten or emptied: the pictures are read again and the copy is whole."""
     first = pictures.folder_images("images", album, 8)
-    [path] = album.glob("*.npz")
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    again = pictures.folder_images("images", album, 8)
-    assert all(torch.equal(first[k], again[k]) for k in first)
-    assert pictures.read_cache(path, 8) is not None and len(list(album.glob("*.part"))) == 0
+    for pattern in ("*.npz", "*.npz.sha256"):
+        [path] = album.glob(pattern)
+        whole = path.read_bytes()
+        path.write_bytes(damage(whole))
+        again = pictures.folder_images("images", album, 8)
+        assert all(torch.equal(first[k], again[k]) for k in first)
+        assert path.read_bytes() == whole and len(list(album.glob("*.part"))) == 0
 
 
 def test_a_copy_never_runs_code(album):
-    """An npz with pickled objects is damaged goods."""
-    pictures.folder_images("images", album, 8)
+    """An npz with pickled objects is damaged goods: it is made again, or, signed by a forger,
+    refused."""
+    first = pictures.folder_images("images", album, 8)
     [path] = album.glob("*.npz")
-    with open(path, "wb") as f:
-        np.savez(f, bits=np.array([print], object), split=np.zeros(1, np.uint8))
-    assert pictures.read_cache(path, 8) is None
+    forge = lambda: np.savez(path, bits=np.array([print], object), split=np.zeros(1, np.uint8))
+    forge()
+    again = pictures.folder_images("images", album, 8)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    forge()
+    Path(f"{path}.sha256").write_text(files.fingerprint(path))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        pictures.folder_images("images", album, 8)
 
 
 def test_interrupted_reading_leaves_nothing(album, monkeypatch):
@@ -288,7 +296,7 @@ def test_a_folder_that_is_not_for_writing_is_left_alone(album, cache, capsys):
         pictures.folder_images("images", album, 8)
     finally:
         album.chmod(0o755)
-    assert not list(album.glob("*.npz")) and len(list(cache.iterdir())) == 1
+    assert not list(album.glob("*.npz")) and len(list(cache.glob("*.npz"))) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

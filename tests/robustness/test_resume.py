@@ -151,7 +151,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(command, tmp_path):
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130 and err == "" and "\r" not in out
+    assert process.returncode == 130 and "\r" not in out
+    assert err.count("\n") == 1 and "stopping after this step" in err
     found = re.search(r"stopped at step (\d+); continue with: "
                       r"python (\S+ --resume --out_dir \S+)\n$", out)
     assert found[2].startswith(f"{ROOT}/smt.py ")  # as it was called
@@ -209,7 +210,7 @@ def test_an_absurd_learning_rate_is_named(command, tmp_path):
                            f"--out_dir {tmp_path}/run")
     assert code == 2 and err.count("\n") == 1 and "there is no checkpoint yet" in err \
         and "--lr" in err
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "log.csv"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("half-way"), KeyboardInterrupt(),
