@@ -91,8 +91,6 @@ def test_no_script_replaces_a_device_or_hangs(command, tiny_smt, tmp_path):
 def test_what_a_dead_process_left_is_removed(tmp_path):
     """A part without a lock is nobody's. One that a living process writes stays."""
     litter, other = tmp_path / "a.1.part", tmp_path / "b.1.part"
-    litter.write_bytes(b"x")
-    other.write_bytes(b"x")
     alive = subprocess.Popen(
         [sys.executable, "-c", "import sys, time; sys.path.insert(0, sys.argv[1])\n"
          "from sources.files import written_whole\n"
@@ -100,6 +98,8 @@ def test_what_a_dead_process_left_is_removed(tmp_path):
          ROOT, tmp_path / "a"], stdout=subprocess.PIPE, text=True)
     try:
         theirs = alive.stdout.readline().strip()
+        litter.write_bytes(b"x")
+        other.write_bytes(b"x")
         for part in (litter, other, theirs):
             os.utime(part, (1, 1))
         with written_whole(tmp_path / "a") as f:
