@@ -5,12 +5,16 @@ method.
 """
 import csv
 import os
+import sys
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", ".."))
+from console import cli, parser  # noqa: E402
+
 METHODS = {"bptt": "BPTT", "smt": "SMT, a part of the minutes", "dmt": "SMT, then DMT",
            "smt+bptt": "SMT, then BPTT"}
 TASKS = {"retrieval": "retrieval, nats over the optimum", "stack": "stack, nats over the optimum",
@@ -18,7 +22,8 @@ TASKS = {"retrieval": "retrieval, nats over the optimum", "stack": "stack, nats 
 RNNS = ("transformer", "mlp", "gru")
 
 
-def main() -> None:
+def main(argv) -> None:
+    parser("table.py", __doc__).parse_args(argv)  # it has no flags, and says so
     with open(os.path.join(HERE, "table.csv")) as f:
         rows = [r for r in csv.DictReader(f) if r["phase"] == "final"]
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.6))
@@ -39,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import flags  # noqa: E402
 import smt  # noqa: E402
-from console import cli, fail  # noqa: E402
+from console import cli, parser  # noqa: E402
 from model import build  # noqa: E402
 
 
@@ -38,12 +38,13 @@ def describe(path: str, n: int = 32) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    if not argv:
-        fail("no checkpoint is given; name some of smt.py or dmt.py")
+    p = parser("memories.py", __doc__)
+    p.add_argument("ckpt", nargs="+", help="checkpoints of smt.py or dmt.py")
+    paths = p.parse_args(argv).ckpt
     columns = ("time", "sequences", "unif", "rank", "teacher", "one_step", "rollout", "drift",
                "one_step_drift")
     print(" ".join(f"{c:>14}" for c in columns))
-    for path in argv:
+    for path in paths:
         got = describe(path)
         print(" ".join(f"{float(got[c]):14.4g}" for c in columns), path)
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import bench  # noqa: E402
 import flags  # noqa: E402
-from console import cli  # noqa: E402
+from console import cli, parser  # noqa: E402
 
 
 def shares(step, repeat: int) -> tuple[dict[str, float], float]:
@@ -37,6 +37,7 @@ def shares(step, repeat: int) -> tuple[dict[str, float], float]:
 
 
 def main(argv: list[str]) -> None:
+    parser("profile_step.py", __doc__).parse_args(argv)  # it has no flags, and says so
     torch.set_num_threads(1)
     b = bench.Bench("laptop", "mnist", "cpu", flags.Config.data_dir)
     print(f"large matrix product: {bench.matmul_rate('cpu') / 1e9:.0f} GFLOP/s")

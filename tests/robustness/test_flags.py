@@ -3,10 +3,12 @@ Lesson: a flag that is accepted and ignored is a lie. Walk over all flags of all
 changes weights, numbers, files or what is printed, or it is refused by name.
 """
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import RUN, SIZES, TASK
+from conftest import ROOT, RUN, SIZES, TASK
 
 # What changes nothing by design: where and how fast it runs, what is a permission, and --help.
 NAMED = set("device threads compile recompute overwrite resume stop_after minutes preset "
@@ -148,3 +150,13 @@ def test_what_means_nothing_is_refused(line, command, runs, tmp_path, monkeypatc
     code, _, err = command(line, **runs)
     assert code == 2 and err.count("\n") == 1, err
     assert re.findall(r"--(\w+)", line)[-1] in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["drift/memories", "speed/profile_step", "backbones/table",
+                                    "yardstick/transformer"])
+def test_scripts_of_results_refuse_like_the_others(script, tmp_path):
+    """One line that names the flag, exit code 2, before anything is made."""
+    got = subprocess.run([sys.executable, ROOT / "results" / f"{script}.py", "--bogus"],
+                         cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert got.returncode == 2 and got.stdout == "" and got.stderr.count("\n") == 1, got.stderr
+    assert "--bogus" in got.stderr or "ckpt" in got.stderr
