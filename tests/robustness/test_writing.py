@@ -282,10 +282,12 @@ def test_a_row_costs_the_same_however_long_the_log_is(command, tmp_path, monkeyp
         return real(self, rows)
 
     monkeypatch.setattr(csv.DictWriter, "writerows", count)
-    assert command(f"smt.py {{TINY}} --steps 60 --log_every 1 --eval_every 20 "
+    assert command(f"smt.py {{TINY}} --steps 60 --log_every 1 --eval_every 20 --rnn_from 0.5 "
                    f"--out_dir {tmp_path}")[0] == 0
     assert steps(tmp_path) == list(range(1, 61))
-    assert sum(written) <= 60 + 20 + 5  # each row once, the first 20 again for new columns
+    # each row once; those before again for new columns, at the first evaluation and when the RNN
+    # joins
+    assert sum(written) <= 60 + 20 + 31 + 5
 
 
 # ----------------------------------------------------------------------------- stopped from outside
