@@ -17,7 +17,8 @@ import console  # noqa: E402
 from sources import files  # noqa: E402
 
 TASK = "--dataset retrieval --length 8 --symbols 3"
-SIZES = "--d_model 16 --n_heads 2 --dec_layers 1"  # what every script understands
+# what every script understands
+SIZES = "--d_model 16 --n_heads 2 --dec_layers 1"
 RUN = "--preset laptop --device cpu --batch_size 4 --steps 3"
 
 

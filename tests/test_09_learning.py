@@ -20,7 +20,7 @@ def test_smt_then_dmt_learns_retrieval(tmp_path):
     common = ["--eval_every", "0", "--ckpt_every", "0", "--log_every", "100", "--threads", "1"]
     smt.main(["--dataset", "retrieval", "--length", "10", "--symbols", "4", "--d_model", "32",
               "--n_heads", "2",
-              "--mem_tokens", "2", "--enc_layers", "2", "--dec_layers", "1", "--rnn_layers", "1",
+              "--mem_tokens", "2", "--enc_layers", "2", "--dec_layers", "1",
               "--steps", "400", "--batch_size", "32",
               "--out_dir", str(tmp_path / "smt"), *common])
     dmt.main(["--ckpt", str(tmp_path / "smt" / "ckpt.pt"), "--steps", "150", "--out_dir",

@@ -90,7 +90,8 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
     steps learn from it."""
     T, B = 8, 4
     # four spans of 2 in each of 4 sequences: two steps a round; the whole sequence is the horizon
-    start = dict(smt="{TINY} --steps 4 --horizon 3 --rnn_from 0", bptt="{TINY} --steps 4",
+    start = dict(smt="{TINY} --rnn transformer --steps 4 --horizon 3 --rnn_from 0",
+                 bptt="{TINY} --rnn transformer --steps 4",
                  dmt=f"--ckpt {tiny_smt} {{RUN}} --steps 6 --span 2 --spans 8 --reuse 1")
     for script, line in start.items():
         line = f"{script}.py {line} --log_every 1 --out_dir {tmp_path}/{script}"
@@ -103,28 +104,29 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
     assert column("smt", "layers") == [(2 + 3 * 2 + 1) * s for s in range(1, 7)]
     assert column("bptt", "layers") == [(7 * 2 + 1) * s for s in range(1, 5)]
     assert column("dmt", "tokens") == [32, 32, 64, 64, 96, 96]
-    assert column("dmt", "layers") == [21, 26, 47, 52, 73, 78]
+    # a GRU: 2 + 7 updates a round, a span of 2 and the readout's 1 a step
+    assert column("dmt", "layers") == [12, 15, 27, 30, 42, 45]
     ckpt = torch.load(tmp_path / "smt" / "ckpt.pt", weights_only=True)
     assert (ckpt["tokens"], ckpt["layers"]) == (B * T * 6, 9 * 6)
 
 
 def test_layers_follow_the_curriculum(command, tmp_path):
-    """What a step of SMT adds grows with its horizon, and stops at the sequence or at --times. While
-    the teacher is alone it is its layers."""
-    code, _, err = command("smt.py {TINY} --steps 5 --log_every 1 --rnn_from 0 "
+    """What a step of SMT adds grows with its horizon, and stops at the sequence or at --times.
+    While the teacher is alone it is its layers."""
+    code, _, err = command("smt.py {TINY} --rnn transformer --steps 5 --log_every 1 --rnn_from 0 "
                            f"--out_dir {tmp_path}/all")
     assert code == 0, err
     layers = [int(r["layers"]) for r in rows(tmp_path / "all")]
     steps = [b - a for a, b in zip([0, *layers], layers)]
     assert steps == [2 + smt.horizon_at(s / 5, 8) * 2 + 1 for s in range(5)]
     assert steps[0] == 11 and steps[-1] == 19
-    code, _, err = command("smt.py {TINY} --steps 4 --log_every 1 --rnn_from 0.5 "
+    code, _, err = command("smt.py {TINY} --rnn transformer --steps 4 --log_every 1 --rnn_from 0.5 "
                            f"--out_dir {tmp_path}/half")
     assert code == 0, err
     # the teacher's 2 + 1, twice; then the curriculum, from its beginning to its end
     half = [int(r["layers"]) for r in rows(tmp_path / "half")]
     assert half[:3] == [3, 6, 6 + 11] and half[3] - half[2] == 2 + smt.horizon_at(0.5, 8) * 2 + 1
-    code, _, err = command("smt.py {TINY} --steps 3 --log_every 1 --times 3 --horizon 100 "
-                           f"--rnn_from 0 --out_dir {tmp_path}/few")
+    code, _, err = command("smt.py {TINY} --rnn transformer --steps 3 --log_every 1 --times 3 "
+                           f"--horizon 100 --rnn_from 0 --out_dir {tmp_path}/few")
     assert code == 0, err
     assert [int(r["layers"]) for r in rows(tmp_path / "few")] == [9, 18, 27]

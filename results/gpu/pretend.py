@@ -6,7 +6,7 @@ CPU tensors are real.
     gpu.launches, gpu.copies, gpu.questions, gpu.peak
 
 A kernel of CUDA refuses tensors of two devices, and so does this. What is read back from the device
-is zero. Kernels, copies and bytes are counted, not timed.
+is zero, or yes ("is all of it finite?"). Kernels, copies and bytes are counted, not timed.
 """
 import sys
 import weakref
@@ -47,7 +47,7 @@ class PretendedGPU(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.questions += 1
-            return torch.zeros((), dtype=tensors[0].dtype).item()
+            return tensors[0].dtype == torch.bool or torch.zeros((), dtype=tensors[0].dtype).item()
         if func in (aten._to_copy.default, aten.copy_.default):
             return self.copy(func, tensors, args, kwargs)
         self.demand_one_device(func, args, tensors)

@@ -409,8 +409,9 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--horizon 3 | --heads 0 | --heads 2 | --mem_dim 12 | --timestamps none | "
        "--timestamps encoder | --micro 2 | --encoder bidirectional | --fut_len 2 | "
        "--encoder bidirectional + --ctx_len 3 | --mem_tokens 3 | --d_model 20 | --n_heads 4 | "
-       "--head_dim 4 | --enc_layers 1 | --dec_layers 2 | --rnn_layers 1 | --rnn mlp | "
-       "--rnn gru | --ema 0.05 | --optimizer adamw | --length 9 | --symbols 4 | --noise 0.9 | "
+       "--head_dim 4 | --enc_layers 1 | --dec_layers 2 | --rnn mlp + --rnn_layers 1 | --rnn mlp | "
+       "--rnn transformer | --ema 0.05 | --optimizer adamw | --length 9 | --symbols 4 | "
+       "--noise 0.9 | "
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
        "--lambda_mse 5 | --span 1 | --spans 5 | --reuse 3 | --reuse 0 | --first 0.3 | "
