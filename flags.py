@@ -85,6 +85,7 @@ class Config(Options):
     decay: float = flag("the rate falls along a cosine to this part of lr; 1 = it stays")
     ema: float = flag("average the weights with this decay; 0 = keep the newest")
     compile: bool = flag("torch.compile the Transformer blocks", default=False)
+    graph: bool = flag("replay updates as a CUDA graph; not tried yet", default=False)
 
     steps: int = flag("length of the run in optimiser steps; 0 = no limit", "run")
     minutes: float = flag("its length in minutes, all resumes together, of processor time if "

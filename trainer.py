@@ -38,6 +38,7 @@ from torch import nn
 import ranks
 from console import fail, hush, pick_device
 from flags import load_data
+from graph import graph_updates
 from model import FORMAT, CheckpointError, ModelConfig, load_checkpoint
 from muon import Muon
 from sources.files import Data, lock, regular, writing, written_whole
@@ -142,6 +143,8 @@ class Run:
         self.begin_files()
         if cfg.compile:
             compile_blocks(nets)
+        if cfg.graph and "rnn" in nets:
+            graph_updates(nets["rnn"])
         self.asked = 0  # to stop, by the signal of this number
         self.called = time.time()
         self.look_at_the_clock()

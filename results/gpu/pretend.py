@@ -3,10 +3,10 @@ CPU tensors are real.
 
     with PretendedGPU() as gpu:
         smt.main("--device meta ...".split())       # whole: objective, evaluation, checkpoint
-    gpu.launches, gpu.copies, gpu.questions, gpu.peak
+    gpu.launches, gpu.copies, gpu.questions, gpu.peak, gpu.flops, gpu.shapes, gpu.seconds
 
 A kernel of CUDA refuses tensors of two devices, and so does this. What is read back from the device
-is zero, or yes ("is all of it finite?"). Kernels, copies and bytes are counted, not timed.
+is zero. Kernels, copies, operations and bytes are counted; the seconds are an estimate from them.
 """
 import sys
 import weakref
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 # A CPU tensor may index a tensor of the device, and CUDA copies it there first, while all wait.
@@ -22,6 +23,12 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
            aten._unsafe_index.Tensor}
 FREE = {aten.detach.default, aten.empty.memory_format, aten.empty_like.default,
         aten._unsafe_view.default, aten.empty_strided.default, aten.new_empty.default}
+# Where rows are picked from a tensor or put into it: what moves is as large as the rows.
+PICKED = INDEXED | {aten.gather.default, aten.embedding.default,
+                    aten.embedding_dense_backward.default}
+# An estimate's machine: an H100's peak in bf16 and its memory, as far as plain kernels get; and
+# what eager PyTorch takes to start a kernel, while the GPU waits.
+PEAK, RATE, BANDWIDTH, START = 989e12, 0.4 * 989e12, 2.5e12, 10e-6
 
 
 class WrongDevice(RuntimeError):
@@ -31,11 +38,13 @@ class WrongDevice(RuntimeError):
 class PretendedGPU(TorchDispatchMode):
     """Counts, of what happens inside: launches (kernels), copies (from the host, each of which the
     host waits for unless it was pinned), questions (values that the host waits for), bytes that
-    live on the device and their peak."""
+    live on the device and their peak, flops of products, shapes that attention meets. seconds: each
+    kernel takes as long as its start, its bytes or its flops, whichever is longest."""
 
     def __init__(self):
         super().__init__()
-        self.launches = self.copies = self.questions = self.live = self.peak = 0
+        self.launches = self.copies = self.questions = self.live = self.peak = self.flops = 0
+        self.seconds, self.start, self.shapes = 0.0, START, set()
         self.known = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -54,8 +63,8 @@ class PretendedGPU(TorchDispatchMode):
         for t in tensors:
             self.count_bytes(t)
         out = aten_fused(func, args, kwargs)
-        views = func.is_view or func in FREE
-        self.launches += not views
+        if not (func.is_view or func in FREE):
+            self.count_kernel(func, args, kwargs, tensors, out)
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.is_meta:
                 self.count_bytes(t)
@@ -75,6 +84,7 @@ class PretendedGPU(TorchDispatchMode):
             self.copies += 1
         else:
             self.launches += 1
+            self.seconds += max(self.start, 2 * size_of(source) / BANDWIDTH)
         if to is None:
             to = torch.empty_strided(source.shape, source.stride(), device="meta",
                                      dtype=kwargs.get("dtype") or source.dtype)
@@ -92,6 +102,16 @@ class PretendedGPU(TorchDispatchMode):
             where = ", ".join(f"{tuple(t.shape)} on {t.device}" for t in tensors)
             raise WrongDevice(f"{func}: {where}")
 
+    def count_kernel(self, func, args: tuple, kwargs: dict, tensors: list, out) -> None:
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        moved = 2 * sum(map(size_of, made)) if func in PICKED else sum(map(size_of, tensors + made))
+        rule = flop_registry.get(func._overloadpacket)
+        flops = rule(*args, **kwargs, out_val=out) if rule else 0
+        self.launches, self.flops = self.launches + 1, self.flops + flops
+        self.seconds += max(self.start, moved / BANDWIDTH, flops / RATE)
+        if "scaled_dot_product" in str(func):
+            self.shapes.add((str(func), *(tuple(t.shape) for t in tensors[:4])))
+
     def count_bytes(self, t: Tensor) -> None:
         """A storage is counted when it is first seen, until the last tensor of it is gone. CUDA
         hands out multiples of 512 bytes."""
@@ -108,6 +128,11 @@ class PretendedGPU(TorchDispatchMode):
 
     def free(self, size: int) -> None:
         self.live -= size
+
+
+def size_of(t: Tensor) -> int:
+    """Bytes."""
+    return t.numel() * t.element_size()
 
 
 def aten_fused(func, args: tuple, kwargs: dict):

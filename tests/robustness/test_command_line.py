@@ -418,7 +418,7 @@ DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | 
        "--futures 3 | --lambda_fut 3 | --ema 0.05 | --tube 0 + --tube 0.1 | --horizon 1 | "
        "--tube 0 --horizon 3 + --sweeps").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
-WITHOUT = set("recompute dataset data_dir preset device threads compile ckpt init".split()) \
+WITHOUT = set("recompute dataset data_dir preset device threads compile graph ckpt init".split()) \
     | set(data.HELP)
 # where, on what (tests of the data see to those flags), from what and how it runs
 

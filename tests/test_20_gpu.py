@@ -1,5 +1,6 @@
 """Lesson: nothing is left on the wrong device. Every script runs whole on a pretended GPU, whose
 tensors have shapes and no values, and in bf16, where a wrong dtype fails as a wrong device does."""
+import copy
 import importlib
 import json
 import sys
@@ -7,6 +8,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, SIZES, TASK
+from tiny import T, gen, networks, sequences
+
+import graph
 
 sys.path.append(str(ROOT / "results" / "gpu"))
 pretend = pytest.importorskip("pretend", reason="PyTorch moved its dispatch modes",
@@ -105,3 +109,81 @@ def test_every_script_in_bf16(command, monkeypatch, tmp_path):
     for rnn in ("transformer", "mlp", "gru"):
         result = whole_path(command, tmp_path / rnn, "cpu", f"--rnn {rnn}")
         assert result["rollout"] < 10
+
+
+def replayed(rnn):
+    """The same RNN, updates without a gradient replayed: on a CPU the twin of what CUDA records."""
+    other = copy.deepcopy(rnn)
+    graph.graph_updates(other)
+    return other
+
+
+@pytest.mark.parametrize("updater", ["transformer", "mlp", "gru"])
+def test_replayed_updates_are_the_plain_loop(updater):
+    """Whole rollouts, pieces of many lengths and sweeps: not a bit differs, though every replay
+    reads and writes the same memory."""
+    encoder, _, rnn = networks(rnn=updater)
+    x, _ = sequences()
+    other, times = replayed(rnn), torch.arange(T)
+    with torch.no_grad():
+        labels = encoder(x, times)
+        assert torch.equal(other.memories(x), rnn.memories(x))
+        for horizon in (2, 4, T):
+            for sweeps in (False, True):
+                ways = [r.own_memories(labels, x, times, horizon, gen(), sweeps)
+                        for r in (rnn, other)]
+                assert torch.equal(*ways)
+
+
+def test_a_replay_sees_new_weights_and_leaves_gradients_alone():
+    """An optimiser changes weights where they lie, and the next replay must read them there; with
+    a gradient the plain update runs."""
+    _, _, rnn = networks()
+    x, _ = sequences()
+    other = replayed(rnn)
+    with torch.no_grad():
+        old = other.memories(x)
+        for r in (rnn, other):
+            for p in r.updater.parameters():
+                p.mul_(1.5)
+        assert torch.equal(other.memories(x), rnn.memories(x)) and not torch.equal(
+            old, other.memories(x))
+    other.memories(x).sum().backward()
+    rnn.memories(x).sum().backward()
+    assert torch.equal(other.updater.event.symbol.weight.grad, rnn.updater.event.symbol.weight.grad)
+
+
+def test_few_graphs_are_kept_and_large_updates_are_not_recorded(monkeypatch):
+    """Each graph has its own memory; a curriculum meets many shapes."""
+    calls = []
+    one = graph.Replayed(lambda v: calls.append(len(v)) or v + 1)
+    for n in [*range(1, graph.MOST_GRAPHS + 2), 1]:
+        assert torch.equal(one(torch.zeros(n)), torch.ones(n))
+        assert len(one.made) <= graph.MOST_GRAPHS
+    _, _, rnn = networks()
+    monkeypatch.setattr(graph, "MOST_ROWS", 2)
+    monkeypatch.setattr(graph.Replayed, "__call__", lambda *a: pytest.fail("recorded 3 rows"))
+    with torch.no_grad():
+        replayed(rnn).memories(sequences(n=3)[0])
+
+
+def test_training_with_graph_is_training_without(command, monkeypatch, tmp_path):
+    """`--graph` changes how fast a run is, and no number of it; both scripts do replay."""
+    logs, record, recorded = [], graph.Replayed.record, []
+    monkeypatch.setattr(graph.Replayed, "record",
+                        lambda self, places: recorded.append(1) or record(self, places))
+    for more in "", "--graph":
+        code, _, err = command(f"smt.py {TASK} {SIZES} {RUN} {more} --rnn_from 0 --steps 3 "
+                               f"--out_dir {tmp_path}/smt{more}", device="cpu")
+        assert code == 0, err
+        assert bool(recorded) == bool(more)
+        recorded.clear()
+        code, _, err = command(f"dmt.py --ckpt {tmp_path}/smt/ckpt.pt {RUN} {more} --steps 3 "
+                               f"--out_dir {tmp_path}/dmt{more}", device="cpu")
+        assert code == 0, err
+        assert bool(recorded) == bool(more)
+        recorded.clear()
+        logs.append([torch.load(tmp_path / f"{s}{more}" / "ckpt.pt")["rnn"]
+                     for s in ("smt", "dmt")])
+    for plain, fast in zip(*logs):
+        assert all(torch.equal(plain[k], fast[k]) for k in plain)
