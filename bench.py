@@ -39,7 +39,7 @@ import presets
 import smt
 import trainer
 from losses import cross_entropy, futures
-from model import RNN, Decoder, Encoder, Heads, autocast
+from model import ROWS, RNN, Decoder, Encoder, Heads, autocast
 
 LABEL_EVERY = 16  # of the reference's DMT
 
@@ -80,9 +80,9 @@ class Bench:
                                    **task)
         self.smt = config("smt", smt.Config, lr=1e-5)  # a benchmark goes nowhere
         self.dmt, self.of_bptt = config("dmt", dmt.Config), config("bptt", bptt.Config)
-        # a graph over a whole rollout: the reference has no memory for DMT's large batches
-        self.dmt.batch_size = min(self.dmt.batch_size, self.smt.batch_size)
         self.task = flags.load_data(vars(self.smt), device)
+        # a graph over a whole rollout: the reference has no memory for DMT's large batches
+        self.few = max(1, min(self.dmt.batch_size, self.smt.batch_size, ROWS // self.task.T))
         c = trainer.model_config(self.smt, self.task)
         torch.manual_seed(0)
         self.encoder, self.decoder, self.rnn = (
@@ -130,12 +130,13 @@ class Bench:
         self.learn(loss, self.adamw)
         return len(x)
 
-    def dmt_ours(self) -> int:
-        """One round: labels and own memories of a batch, then all its optimiser steps."""
+    def dmt_ours(self, batch: int = 0) -> int:
+        """One round: labels and own memories of a batch, then all its optimiser steps. 0: the
+        batch that the reference has memory for."""
         cfg, T = self.dmt, self.task.T
         span = min(cfg.span, T - 1)
         cfg = dataclasses.replace(cfg, span=span)
-        x, y = self.task.batch(cfg.batch_size, self.gen)
+        x, y = self.task.batch(batch or self.few, self.gen)
         horizon = min(cfg.horizon or T, T)
         with torch.no_grad(), autocast(self.device):
             labels = self.encoder(x, self.times)
@@ -151,15 +152,15 @@ class Bench:
         return sum(map(len, steps)) * span
 
     def dmt_reference(self) -> int:
-        x, y = self.task.batch(self.dmt.batch_size, self.gen)
+        x, y = self.task.batch(self.few, self.gen)
         with autocast(self.device):
             loss = reference_dmt(self.their_encoder, self.rnn, x, y)
         self.learn(loss, self.adamw)
         return len(x) * (self.task.T // LABEL_EVERY)
 
-    def bptt(self) -> int:
-        """One step of bptt.py; its transitions have no labels of their own."""
-        x, y = self.task.batch(self.smt.batch_size, self.gen)
+    def bptt(self, batch: int = 0) -> int:
+        """One step of bptt.py, 0: with SMT's batch; its transitions have no labels of their own."""
+        x, y = self.task.batch(batch or self.smt.batch_size, self.gen)
         with autocast(self.device):
             loss = bptt.objective(self.rnn, None, x, y, 0, self.of_bptt.recompute)[0]["loss"]
         self.learn(loss, self.optimizers)

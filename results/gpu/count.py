@@ -1,14 +1,16 @@
 """What a step asks of a GPU, counted without one: kernels, copies from the host, values the host
-waits for, and the most memory that is alive at once.
+waits for, operations, shapes that attention meets, and the most memory that is alive at once.
 
     python results/gpu/count.py                            # every script at gpu sizes, 28x28
     python results/gpu/count.py --rnn gru --only "smt.py"  # one of them, with another updater
-    python results/gpu/count.py --device cuda              # measured instead, with seconds
+    python results/gpu/count.py --only "dmt.py" --graph    # updates replayed as CUDA graphs
+    python results/gpu/count.py --device cuda              # measured instead
 
 Tensors are pretended (pretend.py). Autocast is imitated: linear maps, products and attention in
 bf16, normalisation and losses in fp32. Memory is what PyTorch would hold, without the context of
-CUDA (about 0.5 GB), workspaces and gaps. A kernel of a library may be two. Measured, a call that
-is far from its guess in GUESS ends all with one line: look before more minutes are spent.
+CUDA (about 0.5 GB), workspaces and gaps. A kernel of a library may be two. Seconds are estimated
+from kernels, bytes and operations; "used" is the part of an H100's peak. Measured, a call that is
+far from its guess in GUESS ends all with one line: look before more minutes are spent.
 """
 import argparse
 import os
@@ -26,9 +28,11 @@ import bench  # noqa: E402
 import bptt  # noqa: E402
 import evaluate  # noqa: E402
 import flags  # noqa: E402
+import graph  # noqa: E402
 import sample  # noqa: E402
+import smt  # noqa: E402
 from console import pick_device  # noqa: E402
-from pretend import PretendedGPU, allow_fused_adamw  # noqa: E402
+from pretend import PEAK, START, PretendedGPU, allow_fused_adamw  # noqa: E402
 from sources import images  # noqa: E402
 
 BF16 = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
@@ -108,17 +112,45 @@ def pretend_autocast() -> None:
 def ways(b: bench.Bench) -> dict:
     """What is counted, by name."""
     nets = b.rnn, b.encoder, b.decoder
-    n = b.smt.n_val
+    n, few = b.smt.n_val, f", batch {b.few}"
     return {
+        "smt.py, teacher alone": lambda: teacher_alone(b),
         "smt.py, a step": b.smt_ours,
-        "dmt.py, a round": b.dmt_ours,
-        "bptt.py, a step": b.bptt,
-        "a validation": lambda: evaluate.evaluate(b.task, *nets, "val", n, kl_sequences=16),
+        "dmt.py, a round": lambda: b.dmt_ours(b.dmt.batch_size),
+        "bptt.py, a step": lambda: b.bptt(b.of_bptt.batch_size),
+        "a validation": lambda: evaluate.evaluate(b.task, *nets, "val", n, kl_sequences=16,
+                                                  fast=True),
         "40 samples": lambda: sample.generate(b.rnn, 40, b.task.T, torch.Generator()),
         "bench.py, reference SMT": b.smt_reference,
-        "bench.py, reference DMT": b.dmt_reference,
-        "bench.py, plain": lambda: b.smt_ours(False, True),
+        "bench.py, one transition": lambda: b.smt_ours(False, True),
+        "bench.py, DMT" + few: b.dmt_ours,
+        "bench.py, ref. DMT" + few: b.dmt_reference,
+        "bench.py, BPTT": b.bptt,
     }
+
+
+def teacher_alone(b: bench.Bench) -> None:
+    """A step before --rnn_from."""
+    x, y = b.task.batch(b.smt.batch_size, b.gen)
+    with bench.autocast(b.device):
+        losses = smt.teacher_alone(b.encoder, b.decoder, b.heads, x, y, b.times, b.smt, b.gen)
+    b.learn(losses["loss"], b.optimizers)
+
+
+def graphs_start_faster(b: bench.Bench, gpu: PretendedGPU) -> None:
+    """--graph: one start for all kernels of an update; each still takes 2 microseconds."""
+    graph.graph_updates(b.rnn)
+    update = b.rnn.update
+
+    def quick(m, x, t):
+        if torch.is_grad_enabled() or x.numel() > graph.MOST_ROWS:
+            return update(m, x, t)
+        gpu.start, gpu.seconds = 2e-6, gpu.seconds + START
+        out = update(m, x, t)
+        gpu.start = START
+        return out
+
+    b.rnn.update = quick
 
 
 # What the other stages of run.sh count on: seconds and GB a call, at gpu sizes and 28x28. Estimated
@@ -170,33 +202,43 @@ class Patch:
     setattr = staticmethod(setattr)
 
 
+def counted(way, gpu: PretendedGPU) -> str:
+    """A row of the table."""
+    names = "launches", "copies", "questions", "flops", "seconds"
+    began, gpu.peak, gpu.shapes = [getattr(gpu, k) for k in names], gpu.live, set()
+    way()
+    row = [getattr(gpu, k) - then for k, then in zip(names, began)]
+    return f"{row[0]:>10,}{row[1]:>8}{row[2]:>7}{len(gpu.shapes):>8}{gpu.peak / 1e9:>7.1f}" \
+        f"{row[3] / 1e12:>9.1f}{row[4]:>9.2f}{row[3] / row[4] / PEAK:>7.0%}"
+
+
+def count(a) -> None:
+    """The table, without a GPU."""
+    allow_fused_adamw(Patch)
+    pretend_autocast()
+    with PretendedGPU() as gpu, Fused():
+        flags.load_data = lambda *x, **k: pictures(a.size, "meta")
+        b = bench.Bench(a.preset, "mnist", "meta", "data", rnn=a.rnn, image_size=a.size)
+        if a.graph:
+            graphs_start_faster(b, gpu)
+        print(f"{'':29}{'kernels':>10}{'copies':>8}{'waits':>7}{'shapes':>8}{'GB':>7}{'TFLOP':>9}"
+              f"{'seconds':>9}{'used':>7}")
+        b.smt_ours()  # a first step makes angles and the optimiser's averages
+        for name, way in ways(b).items():
+            if a.only in name:
+                print(f"{name:29}{counted(way, gpu)}", flush=True)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--preset", default="gpu")
     p.add_argument("--rnn", default="transformer")
     p.add_argument("--size", type=int, default=28)
     p.add_argument("--only", default="")
+    p.add_argument("--graph", action="store_true")
     p.add_argument("--device", default="", help="measure on it; empty = count without one")
     a = p.parse_args()
-    if a.device:
-        return measure(a)
-    allow_fused_adamw(Patch)
-    pretend_autocast()
-    with PretendedGPU() as gpu, Fused():
-        flags.load_data = lambda *x, **k: pictures(a.size, "meta")
-        b = bench.Bench(a.preset, "mnist", "meta", "data", rnn=a.rnn, image_size=a.size)
-        print(f"{'':26}{'kernels':>10}{'copies':>8}{'waits':>7}{'GB':>7}")
-        for name, way in ways(b).items():
-            if a.only not in name:
-                continue
-            for warm in (True, False) if "step" in name else (False,):
-                began, gpu.peak = (gpu.launches, gpu.copies, gpu.questions), gpu.live
-                start = time.time()
-                way()
-            ended = gpu.launches, gpu.copies, gpu.questions
-            row = [now - then for now, then in zip(ended, began)]
-            print(f"{name:26}{row[0]:>10,}{row[1]:>8}{row[2]:>7}{gpu.peak / 1e9:>7.1f}"
-                  f"   (counted in {time.time() - start:.0f} s)", flush=True)
+    measure(a) if a.device else count(a)
 
 
 if __name__ == "__main__":
