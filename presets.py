@@ -80,11 +80,11 @@ PRESETS["gpu"] = {  # the paper's widths and depths, with the laptop's cheap lab
     #                     SMT           DMT           BPTT
     "lr":                (1e-3,         3e-4,         3e-4),
     "warmup": 200,
-    "batch_size":        (64,           64,           128),
     # A rollout is hundreds of kernels an update, one after another, and takes as long for many rows
-    # as for few: short ones in SMT, large spans after each one in DMT
+    # as for few: short ones in SMT; in DMT many sequences, and much to learn from each of them
+    "batch_size":        (64,           256,          128),
     "rnn_batch":         (4,            _,            _),
-    "horizon":           (32,           0,            _),
+    "horizon":           (32,           _,            _),
     "first":             (0.1,          0.25,         _),
     "futures":           (128,          128,          _),
     "spans":             (_,            512,          _),
@@ -170,6 +170,10 @@ KINDS["laptop", "synthetic"] = {
     "first":             (1.0,          1.0,          _),  # few times ask for anything
     "futures":           (32,           32,           _),
     # a symbol that the RNN has lost cannot be asked for: short rollouts first, near the labels
+    "horizon":           (_,            0,            _),
+    "tube":              (_,            0.5,          _),
+}
+KINDS["gpu", "synthetic"] = {  # as the laptop's
     "horizon":           (_,            0,            _),
     "tube":              (_,            0.5,          _),
 }

@@ -33,7 +33,7 @@ RACES = {
     # sizes, batches and rates are the preset's
     "racegpu": dict(minutes=17.0, n_test=10_000, span=64, flags=dict(
         smt=dict(dataset="mnist", image_size=28, preset="gpu"),
-        dmt=dict(preset="gpu"),
+        dmt=dict(preset="gpu", spans=128),  # of 64 updates each
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
 # At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT: weights

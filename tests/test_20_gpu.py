@@ -95,7 +95,7 @@ def test_a_tensor_left_behind_is_found(place, gpu, monkeypatch, tmp_path):
     module, name = place.split(".")
     module = importlib.import_module(module)
     monkeypatch.setattr(module, name, on_cpu(getattr(module, name)))
-    run = f"{TASK} {SIZES} {RUN} --steps 1 --rnn_from 0 --out_dir {tmp_path}".format(device="meta")
+    run = f"{TASK} {SIZES} {RUN} --rnn_from 0 --steps 1 --out_dir {tmp_path}".format(device="meta")
     with gpu, pytest.raises(pretend.WrongDevice):
         importlib.import_module("smt").main(run.split())
 

@@ -6,7 +6,8 @@ CPU tensors are real.
     gpu.launches, gpu.copies, gpu.questions, gpu.peak, gpu.flops, gpu.shapes, gpu.seconds
 
 A kernel of CUDA refuses tensors of two devices, and so does this. What is read back from the device
-is zero. Kernels, copies, operations and bytes are counted; the seconds are an estimate from them.
+is zero, or yes. Kernels, copies, operations and bytes are counted; the seconds are an estimate from
+them.
 """
 import sys
 import weakref
@@ -27,8 +28,8 @@ FREE = {aten.detach.default, aten.empty.memory_format, aten.empty_like.default,
 PICKED = INDEXED | {aten.gather.default, aten.embedding.default,
                     aten.embedding_dense_backward.default}
 # An estimate's machine: an H100's peak in bf16 and its memory, as far as plain kernels get; and
-# what eager PyTorch takes to start a kernel, while the GPU waits.
-PEAK, RATE, BANDWIDTH, START = 989e12, 0.4 * 989e12, 2.5e12, 10e-6
+# the shortest kernel; and what eager PyTorch takes to start one, while the GPU waits.
+PEAK, RATE, BANDWIDTH, SHORTEST, START = 989e12, 0.4 * 989e12, 2.5e12, 2e-6, 10e-6
 
 
 class WrongDevice(RuntimeError):
@@ -39,12 +40,13 @@ class PretendedGPU(TorchDispatchMode):
     """Counts, of what happens inside: launches (kernels), copies (from the host, each of which the
     host waits for unless it was pinned), questions (values that the host waits for), bytes that
     live on the device and their peak, flops of products, shapes that attention meets. seconds: each
-    kernel takes as long as its start, its bytes or its flops, whichever is longest."""
+    kernel takes as long as its start, its bytes or its flops, whichever is longest; busy: without
+    the starts."""
 
     def __init__(self):
         super().__init__()
         self.launches = self.copies = self.questions = self.live = self.peak = self.flops = 0
-        self.seconds, self.start, self.shapes = 0.0, START, set()
+        self.seconds, self.busy, self.start, self.shapes = 0.0, 0.0, START, set()
         self.known = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -56,7 +58,8 @@ class PretendedGPU(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.questions += 1
-            return tensors[0].dtype == torch.bool or torch.zeros((), dtype=tensors[0].dtype).item()
+            # zero; but yes, all is finite
+            return tensors[0].dtype is torch.bool or torch.zeros((), dtype=tensors[0].dtype).item()
         if func in (aten._to_copy.default, aten.copy_.default):
             return self.copy(func, tensors, args, kwargs)
         self.demand_one_device(func, args, tensors)
@@ -84,7 +87,7 @@ class PretendedGPU(TorchDispatchMode):
             self.copies += 1
         else:
             self.launches += 1
-            self.seconds += max(self.start, 2 * size_of(source) / BANDWIDTH)
+            self.spend(2 * size_of(source) / BANDWIDTH)
         if to is None:
             to = torch.empty_strided(source.shape, source.stride(), device="meta",
                                      dtype=kwargs.get("dtype") or source.dtype)
@@ -108,9 +111,13 @@ class PretendedGPU(TorchDispatchMode):
         rule = flop_registry.get(func._overloadpacket)
         flops = rule(*args, **kwargs, out_val=out) if rule else 0
         self.launches, self.flops = self.launches + 1, self.flops + flops
-        self.seconds += max(self.start, moved / BANDWIDTH, flops / RATE)
+        self.spend(max(moved / BANDWIDTH, flops / RATE))
         if "scaled_dot_product" in str(func):
             self.shapes.add((str(func), *(tuple(t.shape) for t in tensors[:4])))
+
+    def spend(self, seconds: float) -> None:
+        busy = max(SHORTEST, seconds)
+        self.busy, self.seconds = self.busy + busy, self.seconds + max(self.start, busy)
 
     def count_bytes(self, t: Tensor) -> None:
         """A storage is counted when it is first seen, until the last tensor of it is gone. CUDA

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Half an hour or more on one CUDA GPU, in calls of at most ten minutes. From the project's root:
 #
-#     bash results/gpu/run.sh measure | bench | mnist | mnist-bptt | tasks | text | sketchy
+#     bash results/gpu/run.sh measure | bench | mnist | mnist-bptt | mnist-gru | tasks [NAME ..] | text | sketchy
 #
-# "measure" comes first: step times, kernels and peak memory of every script. It stops where a guess was wrong.
+# "measure" comes first: step times, kernels and peak memory of every script. It stops where a guess was wrong. Each stage
+# fits half an hour; "tasks" takes 13 minutes a task, so give it two names at a time.
 #
 # A stage that was cut off goes on where it stopped when it is called again, and prints its tables at the end. Weights that
 # may be kept are written in half precision. Settings, all from the environment:
@@ -13,7 +14,7 @@
 #     BENCH="--preset gpu"   flags of bench.py          N=     test sequences, instead of each stage's own number
 #     MEASURE="--device cuda"  flags of count.py
 #
-# SCALE=0.005 N=5 FLAGS="--preset laptop --d_model 16 --n_val 5 --eval_every 0" tries a stage on a CPU in a minute.
+# SCALE=0.005 N=5 MEASURE="--device cpu --preset laptop --size 8 --guess 0" FLAGS="--preset laptop --d_model 16 --n_val 5 --eval_every 0" tries a stage on a CPU in a minute.
 set -eu -o pipefail
 OUT=${OUT:-runs/gpu} CALL=${CALL:-9} SCALE=${SCALE:-1} FLAGS=${FLAGS:-}
 began=$SECONDS
@@ -36,7 +37,15 @@ train() {
     touch "$OUT/$name/finished"
 }
 
-table() { python evaluate.py --ckpt "$OUT/$1/ckpt.pt" --n_test "${N:-$2}" | tee "$OUT/$1.txt"; }
+# table NAME SEQUENCES: what a run came to, evaluated once; 10,000 pictures take some five minutes
+table() {
+    if [ ! -e "$OUT/$1.txt" ]; then
+        [ $((SECONDS - began)) -lt 240 ] || { echo "too late in this call for $1's table; call the stage again"; exit 0; }
+        python evaluate.py --ckpt "$OUT/$1/ckpt.pt" --n_test "${N:-$2}" > "$OUT/$1.part"
+        mv "$OUT/$1.part" "$OUT/$1.txt"
+    fi
+    echo "--- $1"; cat "$OUT/$1.txt"
+}
 
 # small NAME: the RNN alone in half precision, without the paths of this machine
 small() {
@@ -54,8 +63,8 @@ case ${1:-} in
 measure)
     python results/gpu/count.py ${MEASURE:---device cuda} | tee "$OUT/measure.txt" ;;
 bench)
-    python bench.py ${BENCH:---preset gpu} --seconds 20 | tee "$OUT/bench.txt"
-    python bench.py ${BENCH:---preset gpu} --seconds 20 --compile | tee "$OUT/bench-compile.txt" ;;
+    python bench.py --seconds 20 ${BENCH:---preset gpu} | tee "$OUT/bench.txt"
+    python bench.py --seconds 20 ${BENCH:---preset gpu} --compile | tee "$OUT/bench-compile.txt" ;;
 mnist)  # 28x28, one fixed Bernoulli draw
     train mnist-smt smt 12 --dataset mnist --image_size 28
     train mnist-dmt dmt 5 --ckpt "$OUT/mnist-smt/ckpt.pt"
@@ -63,10 +72,14 @@ mnist)  # 28x28, one fixed Bernoulli draw
     python sample.py --ckpt "$OUT/mnist-dmt/ckpt.pt" --n 100 --out "$OUT/mnist-dmt/100.png" ;;
 mnist-bptt)
     train mnist-bptt bptt 17 --dataset mnist --image_size 28
+    table mnist-bptt 10000 ;;
+mnist-gru)
     train mnist-bptt-gru bptt 17 --dataset mnist --image_size 28 --rnn gru
-    table mnist-bptt 10000; table mnist-bptt-gru 10000 ;;
+    table mnist-bptt-gru 10000 ;;
 tasks)  # the hardest settings
+    shift; wanted=" ${*:-retrieval stack copy recall modular} "
     while read -r name flags; do
+        case $wanted in *" $name "*) ;; *) continue ;; esac
         train "$name-smt" smt 4 --dataset "$name" $flags
         train "$name-dmt" dmt 2 --ckpt "$OUT/$name-smt/ckpt.pt"
         train "$name-bptt" bptt 6 --dataset "$name" $flags
