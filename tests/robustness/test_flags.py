@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, RUN, SIZES, TASK
 
 # What changes nothing by design: where and how fast it runs, what is a permission, and --help.
-NAMED = set("device threads compile recompute overwrite resume stop_after minutes preset "
+NAMED = set("device threads compile graph recompute overwrite resume stop_after minutes preset "
             "out_dir help ckpt_every".split())  # test_resume.py sees to the last
 VALUES = dict(  # another value than the default, for the tiny runs below
     dataset="parity", rnn="mlp", encoder="bidirectional", d_model=20, n_heads=4, head_dim=4,
