@@ -52,7 +52,7 @@ def test_transitions_are_counted_as_they_are_learnt():
     before = b.rnn.updater.cell.weight_hh.detach().clone()
     assert b.smt_ours() == 2 * 3 * 7 and b.smt_ours(False) == 3 * 7
     assert b.smt_ours(False, plain=True) == 5
-    assert not torch.equal(before, b.rnn.updater.blocks[0].w_qkv.weight)
+    assert not torch.equal(before, b.rnn.updater.cell.weight_hh)
     assert b.dmt_ours(10) == 16 * 7  # 20 spans as long as the sequence, two steps of 8 of them
 
 

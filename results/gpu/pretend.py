@@ -6,8 +6,8 @@ CPU tensors are real.
     gpu.launches, gpu.copies, gpu.questions, gpu.peak, gpu.flops, gpu.shapes, gpu.seconds
 
 A kernel of CUDA refuses tensors of two devices, and so does this. What is read back from the device
-is zero, or yes. Kernels, copies, operations and bytes are counted; the seconds are an estimate from
-them.
+is zero, or yes ("is all of it finite?"). Kernels, copies, operations and bytes are counted; the
+seconds are an estimate from them.
 """
 import sys
 import weakref
