@@ -39,7 +39,7 @@ import presets
 import smt
 import trainer
 from losses import cross_entropy, futures
-from model import ROWS, RNN, Decoder, Encoder, Heads, autocast
+from model import RNN, Decoder, Encoder, Heads, autocast
 
 LABEL_EVERY = 16  # of the reference's DMT
 
@@ -81,9 +81,11 @@ class Bench:
         self.smt = config("smt", smt.Config, lr=1e-5)  # a benchmark goes nowhere
         self.dmt, self.of_bptt = config("dmt", dmt.Config), config("bptt", bptt.Config)
         self.task = flags.load_data(vars(self.smt), device)
-        # a graph over a whole rollout: the reference has no memory for DMT's large batches
-        self.few = max(1, min(self.dmt.batch_size, self.smt.batch_size, ROWS // self.task.T))
         c = trainer.model_config(self.smt, self.task)
+        # A graph over a whole rollout: the reference has no memory for DMT's large batches. Counted
+        # were 122 bytes for each number of the updater's stream; 30 GB fit everywhere
+        row = 122 * c.T * c.update_layers * (c.mem_tokens + 1) * c.d_model
+        self.few = max(1, min(self.dmt.batch_size, self.smt.batch_size, int(3e10) // row))
         torch.manual_seed(0)
         self.encoder, self.decoder, self.rnn = (
             net(c).to(device) for net in (Encoder, Decoder, RNN))
