@@ -215,7 +215,7 @@ def counted(way, gpu: PretendedGPU) -> str:
     way()
     row = [getattr(gpu, k) - then for k, then in zip(names, began)]
     return f"{row[0]:>10,}{row[1]:>8}{row[2]:>7}{len(gpu.shapes):>8}{gpu.peak / 1e9:>7.1f}" \
-        f"{row[3] / 1e12:>9.1f}{row[4]:>9.2f}{row[5] / row[4]:>6.0%}{row[3] / row[4] / PEAK:>6.0%}"
+        f"{row[3] / 1e12:>9.3g}{row[4]:>9.3g}{row[5] / row[4]:>6.0%}{row[3] / row[4] / PEAK:>6.0%}"
 
 
 def count(a) -> None:
@@ -232,6 +232,8 @@ def count(a) -> None:
         b.smt_ours()  # a first step makes angles and the optimiser's averages
         for name, way in ways(b).items():
             if a.only in name:
+                if a.graph:
+                    way()  # records
                 print(f"{name:29}{counted(way, gpu)}", flush=True)
 
 
