@@ -52,6 +52,8 @@ class Score:
         """logits (B, L, V) float, y and clean (B, L) with -1 = no target, posterior (B, L, V)."""
         logp = logits.float().log_softmax(-1)
         valid = y >= 0
+        # A picture's likelihood is the sum of its pixels'; elsewhere tasks of any length shall
+        # compare.
         count = 1 if self.per_sequence else valid.sum(1).clamp(min=1)
         late = y.shape[1] if self.late_from is None else self.late_from
 
@@ -98,7 +100,7 @@ def memories(x: Tensor, rnn: RNN | None, encoder: Encoder | None, Tc: int = 0) -
     own = rnn.memories(x) if rnn is not None else None
     if rnn is None or encoder is None:
         return Memories(None, None, own)
-    # labels of a causal encoder end at Tc; the RNN goes on
+    # Labels of a causal encoder end at Tc; the RNN goes on.
     T = min(x.shape[1], encoder.c.ctx_len) if encoder.c.encoder == "causal" else x.shape[1]
     x, times = x[:, :T], torch.arange(T)
     m = encoder(x, times)
@@ -130,6 +132,7 @@ class Drift:
         self.error, self.error_one = 0.0, 0.0                # (T,) of rollout and one step
 
     def add(self, m: Memories) -> None:
+        # Sums, not lists: all memories of a test set would not fit.
         flat = exact(m.label.flatten(0, 1).flatten(1))                          # (B T, K d)
         self.rows += len(flat)
         self.total = self.total + flat.sum(0)
@@ -143,7 +146,7 @@ class Drift:
         if not self.rows:
             return dict(drift=None, drift_by_time=None, one_step_drift=None, variance=None)
         spread = self.squares / self.rows - float((self.total / self.rows).square().sum())
-        spread = max(spread, 1e-12)
+        spread = max(spread, 1e-12)  # of memories that have collapsed
         n = self.rows // len(self.error)
         by_time = self.error / n / spread
         return dict(drift=float(by_time.mean()), drift_by_time=by_time.tolist(),
@@ -177,7 +180,7 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
     a plain language model for results/yardstick/transformer.py. The first n sequences of `split`.
     `fast` is for a look during training: bf16 where training uses it. Uses no random numbers.
     """
-    held = task.held_out(split, n)
+    held = task.held_out(split, n)  # the same sequences for every checkpoint
     c, N = (rnn or decoder).c, len(held["x"])
     scores = {name: Score(task.image is not None, task.late_from) for name in COLUMNS}
     drift, kl, targets = Drift(), 0.0, 0

@@ -120,6 +120,7 @@ def norm(h: Tensor) -> Tensor:
 
 def rope(pos: Tensor, hd: int) -> tuple[Tensor, Tensor]:
     """Rotary angles of integer positions `pos` (S,): cos and sin, each (S, hd/2)."""
+    # the usual base: the slowest pair of dimensions turns once in about 60,000 positions
     freq = 10000.0 ** (-torch.arange(0, hd, 2, device=pos.device, dtype=torch.float32) / hd)
     angle = pos.float()[:, None] * freq
     return angle.cos(), angle.sin()
@@ -157,6 +158,7 @@ class Block(nn.Module):
         self.w_out = nn.Linear(inner, c.d_model, bias=False)
         self.w_up = nn.Linear(c.d_model, 4 * c.d_model, bias=False)
         self.w_down = nn.Linear(4 * c.d_model, c.d_model, bias=False)
+        # inputs are normalised, so this keeps outputs at the same size
         for w in (self.w_qkv, self.w_out, self.w_up, self.w_down):
             nn.init.normal_(w.weight, std=w.in_features ** -0.5)
         with torch.no_grad():  # `layers` blocks add up in the residual stream: start each one small
@@ -168,6 +170,7 @@ class Block(nn.Module):
         N, S, _ = h.shape
         q, k, v = self.w_qkv(norm(h)).view(N, S, 3, self.H, self.hd).permute(2, 0, 3, 1, 4)
         cos, sin = angles
+        # queries and keys turn by the same angles: in one go, half as many kernels
         a, b = torch.stack([q, k]).chunk(2, dim=-1)                     # (2, N, H, S, hd/2) each
         q, k = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
         return q, k, v
@@ -251,6 +254,7 @@ class Encoder(nn.Module):
         """The last Tc tokens up to t, then the registers, full attention -> (B, K, d)."""
         start = max(0, t + 1 - self.c.ctx_len)
         when = torch.arange(start, t + 1, device=x.device)
+        # The registers come last: a token's position counts from the window's start, whatever K is.
         registers = self.registers.expand(len(x), -1, -1)
         h = torch.cat([self.event(x[:, start:t + 1], when), registers], dim=1)
         angles = angles_for(h, self.blocks[0])
@@ -311,6 +315,7 @@ class TransformerUpdater(nn.Module):
         self.blocks = nn.ModuleList(Block(c, c.rnn_layers) for _ in range(c.rnn_layers))
 
     def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        # The tokens keep their order, so rotations tell one memory token from another.
         h = torch.cat([self.w_read(m), self.event(x, t)[:, None]], dim=1)      # (N, K + 1, d)
         angles = angles_for(h, self.blocks[0])
         for block in self.blocks:
@@ -329,12 +334,14 @@ class MLPUpdater(nn.Module):
             nn.Linear(rows, columns, bias=False) for _ in range(c.rnn_layers))
         self.w_up = layers(size + c.d_model, 2 * size)
         self.w_down = layers(2 * size, size)
+        # small at first, as in Block: an update begins as almost the identity, which keeps a memory
         for w in self.w_down:
             nn.init.normal_(w.weight, std=(2 * size * 2 * c.rnn_layers) ** -0.5)
 
     def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
         h, event = m.flatten(1), self.event(x, t)                              # (N, K d), (N, d)
         for up, down in zip(self.w_up, self.w_down):
+            # every layer reads the event: the first alone would have to carry it along
             h = h + down(F.gelu(up(torch.cat([norm(h), event], dim=1))))
         return h.view_as(m)
 
@@ -376,6 +383,7 @@ class RNN(nn.Module):
         """m_t from m_{t-1} (..., K, d), x_t (...) int64 and t int64, which may lack leading
         dimensions (Eq. 1); RMS-normalised per token. All rows at once, whatever their times."""
         rows = in_chunks(self.updater, m.flatten(0, -3), x.flatten(), t.expand_as(x).flatten())
+        # The encoder's memories are normalised too. Else a rollout could grow or shrink for ever.
         return norm(rows).unflatten(0, m.shape[:-2])
 
     def logits(self, m: Tensor) -> Tensor:
@@ -424,9 +432,11 @@ class RNN(nn.Module):
             own[:, now] = m
 
         if sweeps:
+            # sweep i makes the first i memories exact; the rest come closer, too
             for _ in range(horizon - 1):
                 run(slice(0, n - 1), slice(1, n))
             return own
+        # a random first piece, so that every time is now young, now old
         start = int(torch.randint(horizon, (), generator=gen)) if horizon < n else 0
         for age in range(1, horizon):
             first = (start + age) % horizon or horizon  # the places i >= 1 with i - start = age
