@@ -62,10 +62,10 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
     return dict(loss=loss), own[:, -1]
 
 
-def sequential_layers(c: ModelConfig) -> int:
+def sequential_layers(c: ModelConfig, T: int) -> int:
     """Layers of one step that must run one after another: those of T - 1 updates (m_0 needs none)
     and of the readout. What --recompute does twice is counted once."""
-    return (c.T - 1) * c.update_layers + c.dec_layers
+    return (T - 1) * c.update_layers + c.dec_layers
 
 
 def demand_rnn(rnn: RNN | None, ckpt: dict) -> None:
@@ -90,7 +90,6 @@ def main(argv) -> None:
     nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items()
             if v is not None}
     c = rnn.c
-    span = cfg.truncate or task.T
 
     mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("bptt", cfg, nets, [[*rnn.parameters()]], c, task, device)
@@ -99,7 +98,9 @@ def main(argv) -> None:
         x, y = task.batch(mine.batch_size, run.gen)                          # (B, T) each
         m, loss, targets = None, 0.0, (y >= 0).sum().clamp(min=1)
         # Backward after each piece: with --truncate the graph of one piece is all that is kept.
-        for t in range(0, task.T, span):
+        T = x.shape[1]
+        span = cfg.truncate or T
+        for t in range(0, T, span):
             part = y[:, t:t + span]
             with autocast(device):
                 losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
@@ -109,7 +110,7 @@ def main(argv) -> None:
             (losses["loss"] * share).backward()
             # The memory goes on to the next piece, its graph does not.
             loss, m = loss + losses["loss"].detach() * share, m.detach()
-        run.update(dict(loss=loss), cfg.batch_size * task.T, sequential_layers(c))
+        run.update(dict(loss=loss), cfg.batch_size * T, sequential_layers(c, T))
 
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():

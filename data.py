@@ -17,6 +17,7 @@ it a line in OPTIONS, in ABOUT and in `load`; a new option wants a line in HELP.
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, demand, flags_in, parser, refuse
 import argparse
+import dataclasses
 import os
 
 import torch
@@ -35,13 +36,14 @@ OPTIONS = {
     "pydoc": dict(length=256),
     "text": dict(length=256, data_file=""),
     # needle_range 0: the first half, in `ours` the first quarter. modulus 0: 32, in `ours` 7
-    "retrieval": dict(variant="paper", length=64, symbols=8, noise=0.0, needle_range=0),
-    "copy": dict(variant="paper", length=33, symbols=8, noise=0.0, reverse=True),
-    "stack": dict(variant="paper", length=64, symbols=4, depth=5),
+    "retrieval": dict(variant="paper", length=64, shortest=0, symbols=8, noise=0.0,
+                      needle_range=0),
+    "copy": dict(variant="paper", length=33, shortest=0, symbols=8, noise=0.0, reverse=True),
+    "stack": dict(variant="paper", length=64, shortest=0, symbols=4, depth=5),
     "recall": dict(variant="paper", keys=8, symbols=8, key_len=2),
     "modular": dict(variant="paper", examples=8, modulus=0),
-    "parity": dict(length=64),
-    "permutation": dict(length=32, items=5),
+    "parity": dict(length=64, shortest=0),
+    "permutation": dict(length=32, shortest=0, items=5),
     "recency": dict(length=64, symbols=8, gamma=0.5),
     "primacy": dict(length=64, symbols=8, gamma=0.5),
 }
@@ -71,6 +73,7 @@ HELP = {
     "glyphs": "the characters",
     "jitter": "strength of the random affine maps",
     "length": "sequence length T, BOS included",
+    "shortest": "train on sequences of T, T/2, T/4 .. down to this; 0 = of T alone",
     "data_file": "the text to learn, any UTF-8 file, plain or gzipped",
     "variant": "paper: the task as the paper's authors define it; ours: another of that name",
     "symbols": "number of symbols",
@@ -127,7 +130,37 @@ def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
         return images.image_data(name, pictures, 2, device, about + "; black and white")
     if name in TEXTS:
         return text.text_data(name, data_dir, device=device, **o)
+    if "shortest" in o:
+        return several_lengths(name, device, **o)
     return getattr(tasks, name)(device=device, **o)
+
+
+def several_lengths(name, device, length, shortest, **options) -> Data:
+    """A synthetic task whose training batches have a random length each: `length`, half of it, a
+    quarter .. down to `shortest`; 0: `length` alone. What is held out has the full length.
+
+    A short sequence shows in a few steps what a long one asks for, and costs little.
+    """
+    check(shortest == 0 or 3 <= shortest <= length, "shortest", shortest,
+          f"0, or between 3 and --length {length}")
+    # A string to copy is halved, and 1 + 2 of its lengths are the sequence.
+    half = lambda T: 1 + 2 * ((T - 1) // 4) if name == "copy" else T // 2
+    lengths = [length]
+    while shortest and half(lengths[-1]) >= shortest:
+        lengths.append(half(lengths[-1]))
+    make = getattr(tasks, name)
+    each = {length: make(device=device, length=length, **options)}
+    for T in lengths[1:]:
+        try:
+            each[T] = make(device=device, length=T, **options)
+        except DataError as e:
+            raise DataError(f"--shortest {shortest}: with it {e}") from None
+
+    def batch(n, generator):
+        pick = int(torch.randint(len(lengths), (), generator=generator)) if shortest else 0
+        return each[lengths[pick]].batch(n, generator)
+
+    return dataclasses.replace(each[length], batch=batch, density=lambda T: each[T].density(T))
 
 
 def bayes(held):

@@ -143,32 +143,34 @@ def main(argv) -> None:
     nets, trained = teacher_and_rnn(ckpt, device)
     encoder, decoder, rnn, heads = (nets.get(k) for k in ("encoder", "decoder", "rnn", "heads"))
     c = rnn.c
-    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T
-    times, cfg.span = torch.arange(T), min(cfg.span, T - 1)
+    most = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T         # labels: t < most
     # 64 sequences will do for a unit. Seed 0, so that a resumed run finds the same one.
-    variance = variance_of(encoder, task.batch(64, torch.Generator().manual_seed(0))[0], times)
+    x, _ = task.batch(64, torch.Generator().manual_seed(0))
+    variance = variance_of(encoder, x[:, :most], torch.arange(min(x.shape[1], most)))
     tube = (cfg.tube or math.inf) * float(variance)
 
     mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("dmt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         # a round: the RNN's own memories, and where the encoder says they should have been
-        x, y = (v[:, :T] for v in task.batch(mine.batch_size, run.gen))
+        x, y = (v[:, :most] for v in task.batch(mine.batch_size, run.gen))
+        T = x.shape[1]
+        times, mine.span = torch.arange(T), min(cfg.span, T - 1)
         horizon = min(cfg.horizon, T) or horizon_at(run.progress, T)
         with torch.no_grad(), autocast(device):
             labels = encoder(x, times)                                          # (B, T, K, d)
             own = rnn.own_memories(labels, x, times, horizon, run.gen, cfg.sweeps, tube)
         # Counted apart: the rollout is sequential, and its steps are few layers each.
-        layers_of_round, layers_of_step = sequential_layers(c, cfg, horizon)
+        layers_of_round, layers_of_step = sequential_layers(c, mine, horizon)
         run.count(cfg.batch_size * T, layers_of_round)
 
         # the steps that learn from it: random spans, in parallel over time
-        todo = on_device(choose_spans(len(x), T, cfg.span, cfg.reuse, run.gen), device)
+        todo = on_device(choose_spans(len(x), T, mine.span, cfg.reuse, run.gen), device)
         for pick in steps_of_round(todo, mine):
             run.set_learning_rate()
             with autocast(device):
                 losses = objective(rnn, heads, own, labels, x, y, *pick.unbind(1), variance, mine,
-                                   run.gen, task.density)
+                                   run.gen, task.density(T))
             losses["loss"].backward()
             run.update(losses, layers=layers_of_step)
             if run.done:

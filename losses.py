@@ -109,7 +109,7 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         else:
             some = on_device(torch.randperm(len(rows), generator=gen)[:cfg.futures], m.device)
         n, now = some // S, t.flatten()[some]
-        x_fut, y_fut = futures(x, y, n, now, decoder.c.fut_len)
+        x_fut, y_fut = futures(x, y, n, now, min(decoder.c.fut_len, x.shape[1]))
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
     weight = dict(futures=cfg.lambda_fut)
     total = sum((weight.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))

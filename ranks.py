@@ -37,7 +37,7 @@ def join(device: str) -> str:
 def share(cfg):
     """A copy of the flags, with what this rank does of a step."""
     if WORLD == 1:
-        return cfg
+        return dataclasses.replace(cfg)
     part = {}
     for name, pieces in (("batch_size", getattr(cfg, "micro", 1)), ("spans", 1)):
         n = getattr(cfg, name, 0)

@@ -162,30 +162,31 @@ def main(argv) -> None:
     teacher = [p for name, net in nets.items() if name != "rnn" for p in net.parameters()]
     trained = [teacher, [*rnn.updater.parameters()]]
     # a causal encoder makes labels for t < Tc alone
-    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
-    if cfg.times and not task.timestamps:  # a text goes on behind its window: draw times whose
-        T = max(2, T - c.fut_len + 1)      # whole future lies inside
+    most = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
+    if cfg.times and not task.timestamps:    # a text goes on behind its window: draw times whose
+        most = max(2, most - c.fut_len + 1)  # whole future lies inside
 
     mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         run.set_learning_rate()
         joined = (run.progress - cfg.rnn_from) / max(1e-9, 1 - cfg.rnn_from)  # below 0: not yet
-        horizon = horizon_at(max(0.0, joined), min(cfg.horizon or T, cfg.times or T, T))
+        horizon = horizon_at(max(0.0, joined), min(cfg.horizon or most, cfg.times or most, most))
         means = {}
         # Parts of a batch share their times. With one pass for each time, the paper's way, several
         # parts give a step more times than one.
         for _ in range(cfg.micro):
             x, y = task.batch(mine.batch_size // cfg.micro, run.gen)            # (B, T) each
-            times = sample_times(T, cfg.times, run.gen)                         # (n,)
+            times = sample_times(min(x.shape[1], most), cfg.times, run.gen)     # (n,)
+            density = task.density(x.shape[1])
             with autocast(device):
                 losses = teacher_alone(encoder, decoder, heads, x, y, times, mine, run.gen,
-                                       task.density) if joined < 0 else \
+                                       density) if joined < 0 else \
                     objective(encoder, decoder, rnn, heads, x, y, times, horizon, mine, run.gen,
-                              task.density)
+                              density)
             (losses["loss"] / cfg.micro).backward()
             means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
-        run.update(means, cfg.batch_size * task.T,
+        run.update(means, cfg.batch_size * x.shape[1],
                    sequential_layers(c, 0 if joined < 0 else horizon))
 
         # Readout and m_0 are copies: made of averaged weights, and only when somebody looks.

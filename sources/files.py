@@ -53,7 +53,7 @@ class Data:
     about: str = ""       # one line: how a sequence comes about
     sizes: str = "endless"  # how much of it there is
     show: Callable | None = None  # show(x_row, y_row) -> a line of text; None for pictures
-    density: float = 1.0  # part of the times t that have a target, about
+    density: Callable = lambda length: 1.0  # part of a sequence's times that have a target, about
     late_from: int | None = None  # evaluate.py reports the targets at t >= late_from apart as well
     mark: str = ""        # changes with the files it was read from; "" where no file is read
 

@@ -26,20 +26,20 @@ def test_a_step_at_laptop_size():
     assert smt.sequential_layers(LAPTOP, 0) == 4 and smt.sequential_layers(LAPTOP, 1) == 6
     assert smt.sequential_layers(LAPTOP, smt.horizon_at(0.0, 196)) == 12
     assert dmt.sequential_layers(LAPTOP, recipe(dmt, span=16), 196) == (2 + 195 * 2, 16 * 2 + 2)
-    assert bptt.sequential_layers(LAPTOP) == 392
+    assert bptt.sequential_layers(LAPTOP, LAPTOP.T) == 392
 
 
 def test_depth_of_smt_does_not_grow_with_the_sequence():
     """That of BPTT does."""
     longer = ModelConfig(vocab=3, n_out=2, T=784)
     assert smt.sequential_layers(longer, 1) == 6
-    assert bptt.sequential_layers(longer) == 1568
+    assert bptt.sequential_layers(longer, longer.T) == 1568
 
 
 def test_a_gru_is_one_layer_an_update():
     """Its one cell counts once, whatever --rnn_layers says; an MLP has as many layers as it
     says."""
-    depth = {kind: bptt.sequential_layers(config(rnn=kind, rnn_layers=3))
+    depth = {kind: bptt.sequential_layers(config(rnn=kind, rnn_layers=3), config().T)
              for kind in ("gru", "mlp", "transformer")}
     assert depth == dict(gru=10 * 1 + 2, mlp=10 * 3 + 2, transformer=10 * 3 + 2)
 

@@ -467,6 +467,8 @@ BAD = [
     ("parity", dict(variant="ours"), "--variant"),
     ("retrieval", dict(needle_range=-1), "--needle_range"),
     ("retrieval", dict(image_size=28), "--image_size"),
+    ("retrieval", dict(shortest=2), "--shortest"), ("copy", dict(shortest=40), "--shortest"),
+    ("retrieval", dict(shortest=3, length=12), "--shortest"),
 ]
 
 
