@@ -67,7 +67,7 @@ def fig10(lab: Lab) -> tuple[str, str]:
                        r["after"] == "smt"),
                       key=lambda r: r["steps"])
         held = [[r[k] for k in r if k.startswith("held_")] for r in mine]
-        image = ax.imshow(held, aspect="auto", cmap=style.MAPS["low"], vmin=0.25, vmax=1)
+        image = ax.imshow(held, aspect="auto", cmap=style.MAP, vmin=0.25, vmax=1)
         ax.set(title=f"{kind}, Tf = 1", xlabel="t", yticks=range(len(mine)))
         ax.set_yticklabels([r["steps"] for r in mine])
         ax.grid(False)

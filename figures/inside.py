@@ -1,7 +1,6 @@
 """Figures 14, 19, 21, 22 and 23: what the RNN's own memories look like."""
 import gzip
 import math
-import os
 
 import numpy as np
 import torch

@@ -170,7 +170,7 @@ def fig16(lab: Lab) -> tuple[str, str]:
     for ax, key in zip(axes, ("rollout", "teacher")):
         at = {(r["dyn"], r["unif"]): r[key] for r in rows}
         ax.imshow([[at.get((d, u), float("nan")) for d in dyns] for u in unifs],
-                  cmap=style.MAPS["low"], aspect="auto")
+                  cmap=style.MAP, aspect="auto")
         for (d, u), v in at.items():
             ax.text(dyns.index(d), unifs.index(u), f"{v:.3f}", ha="center", va="center",
                     fontsize=8, bbox=dict(color="white", alpha=0.7, pad=1))
