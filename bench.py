@@ -20,7 +20,7 @@ reference's of AdamW. MNIST at laptop sizes is timed at 14x14 and, because label
 a context each, at 28x28.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import MOST_THREADS, cli, demand, flags_in, parser, pick_device
+from console import cli, demand, flags_in, parser, pick_device
 import dataclasses
 import functools
 import json
@@ -39,7 +39,7 @@ import presets
 import smt
 import trainer
 from losses import cross_entropy, futures
-from model import RNN, Decoder, Encoder, Heads, autocast
+from model import RANGES, RNN, Decoder, Encoder, Heads, autocast
 
 LABEL_EVERY = 16  # of the reference's DMT
 
@@ -233,7 +233,7 @@ def main(argv) -> None:
                    help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
     datasets.refuse_useless(a.dataset, flags_in(argv))
-    demand("threads", a.threads, 0, MOST_THREADS)
+    demand("threads", a.threads, *RANGES["threads"])
     demand("seconds", a.seconds, 0, 1e6)
     if a.threads:
         torch.set_num_threads(a.threads)

@@ -11,22 +11,20 @@ import os
 import sys
 
 
-def one_line_for_ctrl_c(kind, value, traceback):
-    """sys.excepthook, where main has not begun yet: importing torch takes seconds."""
-    if issubclass(kind, KeyboardInterrupt):
+def excepthook(kind, *error):
+    """For Ctrl-C while torch is imported, which takes seconds."""
+    if kind is KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, value, traceback)
+        sys.__excepthook__(kind, *error)
 
 
-sys.excepthook = one_line_for_ctrl_c
+sys.excepthook = excepthook
 
 import torch  # noqa: E402
 
 from model import CheckpointError  # noqa: E402
 from sources.files import UserError  # noqa: E402
-
-MOST_THREADS = 1024  # torch crashes on absurd numbers
 
 
 def parser(prog: str, doc: str) -> argparse.ArgumentParser:
@@ -89,13 +87,14 @@ def cli(main) -> None:
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a pipe that knows fewer characters than a text
+    code = 2
     try:
         main(sys.argv[1:])
         return sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has left
         return hush()
     except (UserError, CheckpointError, OSError) as e:
-        line, code = str(e), 2
+        line = str(e)
     except KeyboardInterrupt:  # a training run saves first; here there was nothing to save yet
         line, code = "interrupted", 130
     except (MemoryError, RuntimeError) as e:
@@ -104,7 +103,6 @@ def cli(main) -> None:
             raise
         line = f"out of memory ({str(e)[:200]}); give a smaller --batch_size or smaller sizes, " \
             "and bptt.py --recompute 28"
-        code = 2
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
     try:
         sys.stdout.flush()

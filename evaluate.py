@@ -15,7 +15,7 @@ The gap between the three is the method. All is computed in fp32, on every devic
 (or JSON alone) and writes evaluation.png beside the checkpoint.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import MOST_THREADS, cli, demand, fail, flags_in, parser, pick_device
+from console import cli, demand, fail, flags_in, parser, pick_device
 import contextlib
 import json
 import math
@@ -30,7 +30,7 @@ from torch import Tensor
 import flags
 from data import OPTIONS, bayes, refuse_useless
 from losses import futures
-from model import ROWS, RNN, Decoder, Encoder, autocast, build, on_device
+from model import RANGES, ROWS, RNN, Decoder, Encoder, autocast, build, on_device
 from sources.files import Data, UserError, written_whole
 
 # MPS has no float64, where sums over millions of numbers keep their digits
@@ -328,7 +328,7 @@ def main(argv) -> None:
                    help="print JSON and nothing else (default: a table)")
     a = p.parse_args(argv)
     demand("n_test", a.n_test, 1, 10 ** 5)
-    demand("threads", a.threads, 0, MOST_THREADS)
+    demand("threads", a.threads, *RANGES["threads"])
     if a.threads:
         torch.set_num_threads(a.threads)
     ckpt = flags.open_checkpoint(a.ckpt)
@@ -342,7 +342,7 @@ def main(argv) -> None:
     print(as_json(result) if a.json else table(result), flush=True)
     picture = os.path.join(os.path.dirname(a.ckpt), "evaluation.png")
     try:
-        with written_whole(picture, mend="copy the checkpoint to a folder you may write") as f:
+        with written_whole(picture) as f:
             draw(result, f)
     except UserError as e:
         return print(f"evaluate.py: warning: {e}", file=sys.stderr)

@@ -4,8 +4,7 @@
     cfg = flags.config("smt", Config, dataset="mnist")      # without a command line
 
 A value comes from the command line; else, for task and networks, from the checkpoint that the run
-starts from; else from presets.py. Nothing here is about the method: a script's own Config adds its
-flags to those below.
+starts from; else from presets.py. A script's own Config adds the flags of its method.
 """
 import argparse
 import dataclasses
@@ -15,10 +14,9 @@ from dataclasses import dataclass
 
 import data as datasets
 import presets
-from console import MOST_THREADS, demand, fail, parser, pick_device, refuse
-from model import (CHOICES, LIMITS, CheckpointError, demand_fields, load_checkpoint,
-                   size_problem)
-from sources.files import Data, UserError
+from console import fail, parser, pick_device, refuse
+from model import CHOICES, CheckpointError, load_checkpoint, odd_heads, problem
+from sources.files import Data
 
 GROUPS = {  # of flags, in the order of --help
     "task": "what is learnt; the options of another dataset are shown by --dataset NAME --help",
@@ -27,10 +25,6 @@ GROUPS = {  # of flags, in the order of --help
     "run": "how long, where and how often; these flags alone may change with --resume",
 }
 
-# Smallest and largest value of what is no size of a network; 0 and 1e12 where nothing is said.
-RANGES = dict.fromkeys("batch_size log_every span spans micro".split(), (1, 10 ** 9)) | dict(
-    lr=(1e-12, 1e18), seed=(0, 10 ** 18), threads=(0, MOST_THREADS), first=(0, 1), ema=(0, 1),
-    decay=(0, 1), rnn_from=(0, 0.9), n_val=(1, 10 ** 5))
 USELESS = (  # flags, and the value of another one with which they change nothing
     ("rnn_layers", "rnn", "gru"), ("lambda_fut", "futures", 0), ("sweeps tube", "horizon", 1),
     ("futures first lambda_fut detach_dec decode_own", "lambda_dec", 0),
@@ -38,8 +32,8 @@ USELESS = (  # flags, and the value of another one with which they change nothin
 
 
 def flag(help: str, group: str = "method", choices=None, default=dataclasses.MISSING):
-    """A command-line flag as a dataclass field. Flags of the groups "task" and "networks" come from
-    the checkpoint where one is given. A flag without a default here has its value in presets.py."""
+    """A command-line flag as a dataclass field. Those of the groups "task" and "networks" come from
+    a checkpoint where one is given; those without a default here have it in presets.py."""
     return dataclasses.field(default=default,
                              metadata=dict(help=help, group=group, choices=choices))
 
@@ -132,12 +126,9 @@ def config(script: str, Flags, preset="laptop", dataset="glyphs", recipe=None, *
 # ------------------------------------------------------------------------------ the command line
 
 def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
-    """argv -> (config, checkpoint to build the networks from, or None). Flags in `unused` mean
-    nothing to the script; `recipe` is for a script that presets.py does not know.
-
-    With --resume everything comes from the stored run, and the checkpoint is the run's own.
-    Raises UserError, CheckpointError.
-    """
+    """argv -> (config, checkpoint to build the networks from, or None). With --resume both are the
+    stored run's. Flags in `unused` mean nothing to the script; `recipe` is for one that presets.py
+    does not know. Raises UserError, CheckpointError."""
     fields = {f.name: f for f in dataclasses.fields(Flags) if f.name not in unused}
     given = read(script, fields, argv, doc, recipe or functools.partial(presets.recipe, script))
     if given.get("resume") and given.get("overwrite"):
@@ -172,8 +163,8 @@ def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
 
 
 def read(script: str, fields: dict, argv, doc: str, recipe) -> dict:
-    """The flags on the command line, by name; what is not given is absent. --help answers for the
-    dataset and the preset that are given with it."""
+    """The flags that are given, by name. --help answers for the dataset and preset given with
+    it."""
     dataset, preset = named(argv, "--dataset", Config.dataset), named(argv, "--preset", "laptop")
     if preset not in presets.PRESETS:
         preset = "laptop"  # the parser refuses it below
@@ -224,33 +215,23 @@ def taken_from_checkpoint(given: dict) -> tuple[dict, dict | None]:
 
 def stored_run(script: str, Flags, out_dir: str, given: dict, fields: dict) -> dict:
     """The newest checkpoint of the run in out_dir, which these flags may continue."""
-    path = os.path.join(out_dir, "ckpt.pt")
-    ckpt = open_checkpoint(path, Flags)
+    ckpt = open_checkpoint(os.path.join(out_dir, "ckpt.pt"), Flags)
     if ckpt["script"] != script:
         fail(f"--out_dir {out_dir} holds a run of {ckpt['script']}.py; resume it with that script")
-    for name, f in fields.items():
-        then = ckpt["config"].get(name)
-        if f.metadata["group"] == "run":
-            continue
+    for name in (name for name, f in fields.items() if f.metadata["group"] != "run"):
         if name not in ckpt["config"]:
-            raise CheckpointError(f"{path}: does not say what --{name} was; it comes from another "
-                                  "version, start again with --overwrite or another --out_dir")
-        if name in given and given[name] != then:
+            fail(f"{ckpt['path']}: does not say what --{name} was; it comes from another version, "
+                 "start again with --overwrite or another --out_dir")
+        then = ckpt["config"][name]
+        if given.get(name, then) != then:
             fail(f"--{name} {given[name]} differs from {then} in {out_dir}; only run length and "
                  "logging may change on --resume")
     return ckpt
 
 
-def refuse_ranges(values: dict) -> None:
-    for name, value in values.items():
-        if type(value) in (int, float):
-            demand(name, value, *(RANGES | LIMITS).get(name, (0, 1e12)))
-
-
 def refuse_nonsense(cfg) -> None:
     """Refuse values no run can mean. Raises UserError naming the flag."""
-    refuse_ranges(vars(cfg))
-    if bad := size_problem(vars(cfg)):
+    if bad := problem(vars(cfg), dataclasses.fields(cfg)) or odd_heads(cfg):
         fail(bad)
     weights = [k for k in ("lambda_mse", "lambda_dyn", "lambda_dec", "lambda_unif")
                if hasattr(cfg, k)]
@@ -272,34 +253,25 @@ def refuse_nonsense(cfg) -> None:
 
 def open_checkpoint(path: str, Flags=Config) -> dict:
     """load_checkpoint, whose config is held against the flags. Raises CheckpointError."""
-    ckpt = load_checkpoint(path)
-    try:
-        demand_fields(ckpt["config"], dataclasses.fields(Flags))
-        refuse_ranges(ckpt["config"])
-    except (ValueError, UserError) as e:
-        raise CheckpointError(f"{path}: in its config {e}; it is damaged or comes from another "
-                              "version") from None
-    return ckpt
+    return load_checkpoint(path, dataclasses.fields(Flags))
 
 
 def load_data(config: dict, device: str, ckpt: dict | None = None) -> Data:
     """The dataset a config (of a run or of a checkpoint) describes. Raises CheckpointError where
     the networks of `ckpt` were built for other sequences."""
-    name = config.get("dataset")
-    options = {k: config.get(k) for k in datasets.OPTIONS.get(name, ())}
+    name = config["dataset"]
+    options = {k: config.get(k) for k in datasets.OPTIONS[name]}
     task = datasets.load(name, data_dir=config["data_dir"], device=device, **options)
     if ckpt and any(ckpt["model"].get(k) != getattr(task, k) for k in ("vocab", "n_out", "T")):
         raise CheckpointError(f"{ckpt['path']}: its networks do not fit the sequences of {name} "
-                              "that its config describes; it is damaged or comes from another "
-                              "version")
+                              "that its config describes; it is damaged or of another version")
     return task
 
 
 def data_places(given: dict, config: dict) -> dict:
-    """Where the data of a checkpoint with this config are, unless flags say otherwise: a text or
-    folder of one's own stays the one it was trained on; everything else is looked for where this
-    machine keeps its data."""
-    names = ("data_file", "data_dir") if config.get("dataset") == "images" else ("data_file",)
+    """Where the data of a checkpoint with this config are, unless flags say otherwise: one's own
+    text or folder where it was, everything else where this machine keeps its data."""
+    names = ("data_file", "data_dir") if config["dataset"] == "images" else ("data_file",)
     stored = {k: config[k] for k in names if config.get(k)}
     now = {k: v for k, v in given.items() if k in ("data_dir", "data_file") and v}
     return dict(data_dir=Config.data_dir) | stored | now

@@ -7,7 +7,7 @@ backward pass of our small networks together (results/speed). Here matrices of o
 the iteration together, in fp32 on a CPU.
 """
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
@@ -60,3 +60,26 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, list(steps.unbind()),
                                     alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]],
+                    device: str) -> list:
+    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices
+    within a network (w_*) and of the GRU's cell, and that AdamW for the rest: embeddings,
+    registers, m_0, what ends in logits, biases."""
+    # Muon steps equally far along all directions of a map from stream to stream. The rows of an
+    # embedding or of a last layer are symbols, most of them seldom seen; they shall not all move
+    # equally far.
+    rest, matrices = [p for group in trained for p in group], []
+    if cfg.optimizer == "muon":
+        inside = {id(p) for net in nets.values() for name, p in net.named_parameters()
+                  if ("w_" in name or "cell.weight" in name) and p.ndim == 2}
+        matrices = [p for p in rest if id(p) in inside]
+        rest = [p for p in rest if id(p) not in inside]
+    out = []
+    if rest:
+        out.append(torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01,
+                                     fused=device != "mps"))  # which has no fused kernel
+    if matrices:
+        out.append(Muon(matrices, lr=cfg.lr))
+    return out

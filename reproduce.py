@@ -154,7 +154,7 @@ def put_rows(path: str, rows: list[dict]) -> None:
     if BEGIN not in old:
         old = old.rstrip() + f"\n\n## Figures of the paper\n\n{BEGIN}\n{END}\n"
     before, rest = old.split(BEGIN, 1)
-    with written_whole(path, "w", mend="give another --results_dir") as f:
+    with written_whole(path, "w") as f:
         f.write(before + "\n".join([BEGIN, *lines, END]) + rest.split(END, 1)[1])
 
 

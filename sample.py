@@ -66,7 +66,7 @@ def draw_samples(out_dir: str, task: Data, rnn: RNN, n: int = 40) -> None:
     if task.image is None:
         told = continuations(rnn, 3, task.T, gen) if task.name in TEXTS else answers(task, rnn, 16)
         path = os.path.join(out_dir, "samples.txt")
-        with written_whole(path, "w", mend="give another folder with --out_dir") as f:
+        with written_whole(path, "w") as f:
             f.write(told)
         return
     drawn = sequences_to_images(task, generate(rnn, n, task.T, gen))

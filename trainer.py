@@ -36,11 +36,12 @@ import torch
 from torch import nn
 
 import ranks
+from curve import draw_curve
 from console import fail, hush, pick_device
 from flags import load_data
 from graph import graph_updates
-from model import FORMAT, CheckpointError, ModelConfig, load_checkpoint
-from muon import Muon
+from model import FORMAT, ModelConfig, load_checkpoint
+from muon import make_optimizers
 from sources.files import Data, lock, regular, writing, written_whole
 
 
@@ -81,29 +82,6 @@ def compile_blocks(nets: dict[str, nn.Module]) -> None:
         block.mix = torch.compile(block.mix, dynamic=True)
 
 
-def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]],
-                    device: str) -> list:
-    """AdamW with the paper's betas (0.9, 0.95) and weight decay 0.01; or Muon for the matrices
-    within a network (w_*) and of the GRU's cell, and that AdamW for the rest: embeddings,
-    registers, m_0, what ends in logits, biases."""
-    # Muon steps equally far along all directions of a map from stream to stream. The rows of an
-    # embedding or of a last layer are symbols, most of them seldom seen; they shall not all move
-    # equally far.
-    rest, matrices = [p for group in trained for p in group], []
-    if cfg.optimizer == "muon":
-        inside = {id(p) for net in nets.values() for name, p in net.named_parameters()
-                  if ("w_" in name or "cell.weight" in name) and p.ndim == 2}
-        matrices = [p for p in rest if id(p) in inside]
-        rest = [p for p in rest if id(p) not in inside]
-    out = []
-    if rest:
-        out.append(torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01,
-                                     fused=device != "mps"))  # which has no fused kernel
-    if matrices:
-        out.append(Muon(matrices, lr=cfg.lr))
-    return out
-
-
 OLD = "best.pt", "curve.png", "samples.png", "samples.txt"  # go where a run is replaced
 
 
@@ -120,16 +98,14 @@ class Run:
         self.script, self.cfg, self.nets, self.trained = script, cfg, nets, trained
         self.model, self.task, self.device = model, task, device
         self.optimizers = make_optimizers(cfg, nets, trained, device)
-        # A rollout multiplies the noise that the last few steps left in the weights; their average
-        # has less.
-        self.average = [p.detach().clone() for p in self.parameters()] if cfg.ema else []
-        self.newest = None  # weights that training goes on with, while the networks hold averages
+        # a rollout multiplies the noise that the last steps left in the weights; averages have less
+        self.average = self.copies() if cfg.ema else []
         # On the CPU, whatever the device: the same seed gives the same batches everywhere.
         self.gen = torch.Generator().manual_seed(cfg.seed + 1_000_003 * ranks.RANK)
         self.step, self.tokens, self.layers = 0, 0, 0  # what was spent, and seconds of it
         self.spent, self.best = 0.0, math.inf
         self.sums, self.metrics = {}, {}  # losses since the last log line; the last evaluation
-        self.history, self.columns, self.written = [], [], -1  # log.csv, and how much is in it
+        self.history, self.columns = [], []  # rows of log.csv, and what it has columns for
         # One thread of a CPU has a clock of its own, which a busy machine does not push on: races
         # between methods stay fair whatever else runs.
         self.clock = time.process_time if device == "cpu" and cfg.threads == 1 else time.time
@@ -138,9 +114,10 @@ class Run:
         if cfg.resume:
             self.load(load_checkpoint(self.path("ckpt.pt")))
         self.tokens_logged = self.tokens
-        # The old run stays until this one has a checkpoint. Of the ranks only the first writes.
-        self.replaces = bool(ranks.RANK or cfg.overwrite and os.path.exists(self.path("ckpt.pt")))
-        self.begin_files()
+        # The first rank alone writes, and over an old run only when it has a checkpoint.
+        self.waits = ranks.RANK or cfg.overwrite and os.path.exists(self.path("ckpt.pt"))
+        if not self.waits:
+            self.begin_files()
         if cfg.compile:
             compile_blocks(nets)
         if cfg.graph and "rnn" in nets:
@@ -156,6 +133,15 @@ class Run:
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
         return [p for group in self.trained for p in group]
+
+    def copies(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.parameters()]
+
+    @torch.no_grad()
+    def put(self, weights: list[torch.Tensor]) -> None:
+        """Into the networks."""
+        for p, v in zip(self.parameters(), weights, strict=True):
+            p.copy_(v.view(p.shape))  # another shape is refused, not broadcast
 
     # ------------------------------------------------------------------------------ begin and end
 
@@ -203,8 +189,8 @@ class Run:
         return self.spent + self.clock() - self.began
 
     def look_at_the_clock(self) -> None:
-        """How far is the run, and shall it end? Asked once an update and at no other time: the
-        questions below, a few milliseconds apart, must agree on whether this turn is the last."""
+        """How far is the run, and shall it end? Asked once an update: the questions below, some
+        milliseconds apart, must agree on whether this turn is the last."""
         # The part that is done counts whichever limit is nearer, --steps or --minutes.
         c, seconds = self.cfg, time.time() - self.called
         progress = min(1.0, max(self.step / c.steps if c.steps else 0.0,
@@ -215,30 +201,28 @@ class Run:
         self.done, self.stopped = self.progress >= 1, bool(stopped)
 
     def unfinished(self) -> bool:
-        """Shall there be another turn of the loop? False when --steps or --minutes are over, and
-        when Ctrl-C, SIGTERM or --stop_after asked for an end."""
+        """Shall there be another turn of the loop? Not when the run is over or shall stop."""
         self.turn = self.step  # where this turn begins
-        self.write_log()  # the last turn's row is whole
         return not self.done and not self.stopped
 
     def time_to_evaluate(self) -> bool:
-        return not ranks.RANK and (self.done or self.passed(self.cfg.eval_every))
+        return self.due(self.done, self.cfg.eval_every)
 
     def time_to_save(self) -> bool:
-        return self.done or self.stopped or self.passed(self.cfg.ckpt_every)
+        return self.due(self.done or self.stopped, self.cfg.ckpt_every)
 
-    def passed(self, every: int) -> bool:
-        """Did this turn of the loop reach a multiple of `every` steps?"""
+    def due(self, now: bool, every: int) -> bool:
+        """For the first rank: now, or did this turn of the loop reach a multiple of `every`?"""
         # Not step % every == 0: a turn of DMT makes many steps and may jump over the multiple.
-        return bool(every) and self.step // every > self.turn // every
+        return not ranks.RANK and (now or every > 0 and self.step // every > self.turn // every)
 
     def finish(self, *then: str) -> None:
-        """Say where everything is and which scripts come next; a run that was stopped exits here
-        and says how to go on."""
+        """Say which scripts come next. A run that was stopped exits here and says how to go on."""
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        self.write_log()
-        os.close(self.table)
+        file = self.table.fileno()
+        self.table.close()
+        os.close(file)  # and the lock goes
         ranks.least(0)  # nobody leaves before rank 0 has written everything
         c = self.cfg
         if not self.done:
@@ -247,9 +231,8 @@ class Run:
             self.say(f"stopped at step {self.step}; continue with: python {shlex.quote(here)} "
                      f"--resume --out_dir {shlex.quote(c.out_dir)}")
             sys.exit(128 + self.asked if self.asked else 0)  # what a shell expects: 130 is Ctrl-C
-        made = [name for name in ("ckpt.pt", "log.csv", *OLD) if os.path.exists(self.path(name))]
         self.say(f"done: {self.step} steps, {self.elapsed() / 60:.1f} minutes; results in "
-                 f"{c.out_dir}: {', '.join(made)}")
+                 f"{c.out_dir}")
         ckpt = shlex.quote(self.path("ckpt.pt"))
         self.say("next: " + " and ".join(f"python {script} --ckpt {ckpt}" for script in then))
 
@@ -257,8 +240,7 @@ class Run:
 
     def set_learning_rate(self) -> None:
         c, cosine = self.cfg, 0.5 * (1 + math.cos(math.pi * self.progress))
-        # The cosine begins at step 0, not after the warm-up; in that hundredth of a run it falls by
-        # 0.03 %.
+        # The cosine begins at step 0; in the hundredth of a run that is warm-up it falls by 0.03 %.
         total = c.steps or (self.step + 1) / max(self.progress, 1e-6)  # a clock: a guess
         warmup = c.warmup if c.warmup >= 1 else c.warmup * total
         scale = min(1.0, (self.step + 1) / max(1, warmup))  # step + 1: at rate 0 a step is lost
@@ -267,8 +249,8 @@ class Run:
             optimizer.param_groups[0]["lr"] = self.cfg.lr * scale
 
     def count(self, tokens: int, layers: int) -> None:
-        """What training costs, on the axes of the paper's Fig. 6: tokens seen, and layers of a
-        forward pass that had to run one after another."""
+        """Training's cost, on the axes of the paper's Fig. 6: tokens seen, and layers of a forward
+        pass that had to run one after another."""
         self.tokens += tokens
         self.layers += layers
 
@@ -294,6 +276,7 @@ class Run:
             with torch.no_grad():  # all at once: one kernel instead of one for each
                 torch._foreach_lerp_(self.average, self.parameters(), 1 - decay)
         self.step += 1
+        self.rng = ranks.gathered(self.gen.get_state())  # here all ranks are; the first one saves
         self.look_at_the_clock()
         if self.done or self.step % self.cfg.log_every == 0:
             self.log()
@@ -310,8 +293,7 @@ class Run:
         seconds = max(self.clock() - self.last_log, 1e-9)
         speed = (self.tokens - self.tokens_logged) / seconds
         self.last_log, self.tokens_logged = self.clock(), self.tokens
-        # All optimisers have the same rate; where there are both a step limit and a clock, the
-        # nearer one ends.
+        # all optimisers have one rate; of a step limit and a clock the nearer one ends
         lr = self.optimizers[0].param_groups[0]["lr"]
         left = [(c.steps - self.step) * seconds / count] * bool(c.steps) + \
             [c.minutes * 60 - self.elapsed()] * bool(c.minutes)
@@ -321,75 +303,59 @@ class Run:
         self.record(dict(lr=lr) | means)
 
     def report(self, numbers: dict, best: str) -> None:
-        """Keep what an evaluation on the validation split found; best.pt holds the weights with
-        the lowest `best`. Inside averaged()."""
-        if self.replaces and ranks.WORLD == 1:  # others would have to send what a checkpoint holds
+        """Keep what an evaluation found; best.pt has the lowest `best`. Inside averaged()."""
+        if self.waits:
             self.save()
         self.metrics = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
         self.say(f"step {self.step} | {self.elapsed() / 60:.1f}m | validation | " +
             " | ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
         if self.metrics[best] < self.best:
             self.best = self.metrics[best]
-            with self.open("best.pt") as f:
+            with written_whole(self.path("best.pt")) as f:
                 torch.save(self.state(), f)
         self.record({"val_" + k: v for k, v in self.metrics.items()})
-        with self.open("curve.png") as f:
+        with written_whole(self.path("curve.png")) as f:
             draw_curve(self.history, f)
 
     def record(self, row: dict) -> None:
-        """Add to the history, one row a step: an evaluation after a log line joins its row."""
+        """One row a step in history and log.csv: an evaluation joins the log line before it."""
         row = dict(step=self.step, seconds=round(self.elapsed(), 2), tokens=self.tokens,
                    layers=self.layers) | row
         if self.history and self.history[-1]["step"] == self.step:
             row = self.history.pop() | row
         else:
-            self.write_log()
+            self.last_row = self.table.tell()
         self.history.append(row)
+        self.write_log()
 
-    def open_log(self) -> int:
-        """log.csv, open and locked while this process lives: two runs in one folder would mix. It
-        grows, so it is the one file that is not written whole. Raises UserError."""
-        with writing(self.path("log.csv"), self.mend()):
+    def open_log(self):
+        """log.csv, locked while this process lives: two runs in one folder would mix. It grows, so
+        it is the one file that is not written whole. Raises UserError."""
+        with writing(f"--out_dir {self.cfg.out_dir}"):
             os.makedirs(self.cfg.out_dir, exist_ok=True)
+        with writing(self.path("log.csv")):
             file = os.open(regular(self.path("log.csv")), os.O_RDWR | os.O_CREAT, 0o666)
         if not ranks.RANK and lock(file) is False:
             fail(f"--out_dir {self.cfg.out_dir}: another run is writing there; wait for it, or "
                  "give another folder")
-        return file
-
-    def open_table(self):
-        """log.csv as a file; to close it leaves the lock."""
-        return open(self.table, "r+", newline="", encoding="utf-8", errors="replace",
-                    closefd=False)
+        return open(file, "r+", newline="", encoding="utf-8", closefd=False)
 
     def write_log(self) -> None:
-        """Append to log.csv what it lacks. A resumed run, and new columns such as those of the
-        first evaluation, write all of it again."""
-        if self.replaces or self.written == len(self.history):
+        """Write the last row; all of them where one has new columns, as the first evaluation's."""
+        if self.waits or not self.history:
             return
-        rows = self.history[max(self.written, 0):]
-        columns = list(dict.fromkeys([*self.columns, *(k for row in rows for k in row)]))
-        with writing(self.path("log.csv"), self.mend()), self.open_table() as f:
-            f.seek(0, os.SEEK_END)
-            if self.written < 0 or columns != self.columns:
-                f.seek(0)
-                rows = [dict(zip(columns, columns))] * bool(columns) + self.history
-            csv.DictWriter(f, columns).writerows(rows)
-            f.truncate()
-        self.columns, self.written = columns, len(self.history)
-
-    def read_log(self) -> list[dict]:
-        """The rows of log.csv up to this step. What a killed run left behind it is cut off, and so
-        is what is damaged."""
-        rows, number = [], lambda v: int(v) if v.isdigit() else float(v)
-        with self.open_table() as f, contextlib.suppress(KeyError, ValueError, TypeError,
-                                                         AttributeError, csv.Error):
-            for row in csv.DictReader(f):
-                row = {k: number(v) for k, v in row.items() if v}
-                if row["step"] > self.step:
-                    break
-                rows.append(row)
-        return rows
+        known = self.columns or (k for row in self.history for k in row)
+        columns = list(dict.fromkeys([*known, *self.history[-1]]))
+        out = csv.DictWriter(self.table, columns)
+        with writing(self.path("log.csv")):
+            if columns != self.columns:
+                self.table.seek(0)
+                out.writerows([dict(zip(columns, columns)), *self.history[:-1]])
+                self.last_row = self.table.tell()
+            self.table.seek(self.last_row)
+            out.writerow(self.history[-1])
+            self.table.truncate()  # and flush
+        self.columns = columns
 
     def demand_finite(self, numbers: dict[str, float]) -> None:
         if bad := [k for k, v in numbers.items() if not math.isfinite(v)]:
@@ -403,28 +369,20 @@ class Run:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Inside, the networks hold the average of their weights over the last steps: that is what
-        is evaluated, sampled and saved. Afterwards they hold the newest weights again, whatever
-        happened, and training goes on as if nobody had looked."""
+        """Inside, the networks hold the average of their weights over the last steps, which is
+        evaluated, sampled and saved; afterwards the newest weights again, whatever happened."""
         began = self.clock()
-        # A log line sees the losses only every so many steps. One look at the weights finds what
-        # broke since.
+        # the log sees losses only every so many steps: what broke since, the weights show
         weights = sum(p.detach().float().norm() for p in self.parameters())
         self.demand_finite({"weights": float(weights)})  # or good files would be overwritten
-        # Swap: the average goes into the networks, so that evaluation, samples and files all use it
-        # without knowing. Training must not go on from it, it lags behind; so the newest weights
-        # wait here.
-        self.newest = [p.detach().clone() for p in self.parameters()]
-        with torch.no_grad():
-            # With --ema 0 there is no average, and the newest weights stay where they are.
-            for p, slow in zip(self.parameters(), self.average):
-                p.copy_(slow)
+        # Evaluation, samples and files all use the average without knowing. Training must not go on
+        # from it, it lags behind; so the newest weights wait here.
+        self.newest = self.copies()
+        self.put(self.average or self.newest)  # with --ema 0 there is no average
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, newest in zip(self.parameters(), self.newest):
-                    p.copy_(newest)
+            self.put(self.newest)
             self.newest = None
             self.last_log += self.clock() - began  # looking is no part of the speed
 
@@ -433,105 +391,63 @@ class Run:
         return dict(format=FORMAT, script=self.script, step=self.step, tokens=self.tokens,
                     layers=self.layers, config=dataclasses.asdict(self.cfg),
                     model=dataclasses.asdict(self.model), image=self.task.image,
-                    metrics=self.metrics,
-                    data=self.task.mark) | \
+                    metrics=self.metrics, data=self.task.mark) | \
             {name: net.state_dict() for name, net in self.nets.items()}
 
     def save(self) -> None:
         """ckpt.pt: what a user needs, and what the next step needs. Inside averaged()."""
-        rng = ranks.gathered(self.gen.get_state())
-        if ranks.RANK:
-            return
-        # The networks in the file are averages; `newest`, optimisers and generators are for
-        # --resume alone. With all of them a resumed run takes the steps that the uninterrupted one
-        # takes.
+        # The networks in the file are averages. The rest is for --resume, which takes the very same
+        # steps as a run that was never interrupted.
         full = self.state() | dict(
             optimizers=[o.state_dict() for o in self.optimizers], newest=self.newest,
-            elapsed=self.elapsed(), best=self.best, sums=self.sums,
-            rng=rng, torch_rng=torch.get_rng_state())
-        self.write_log()  # first: what lies behind a checkpoint is cut off, before it nothing lacks
-        with self.open("ckpt.pt") as f:
+            elapsed=self.elapsed(), best=self.best, sums=self.sums, history=self.history,
+            rng=self.rng, torch_rng=torch.get_rng_state())
+        with written_whole(self.path("ckpt.pt")) as f:
             torch.save(full, f)
-        if self.replaces:
-            self.replaces = False
+        if self.waits:
             for name in OLD:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
             self.begin_files()
 
     def begin_files(self) -> None:
-        """log.csv and config.json of this run."""
+        """log.csv and config.json of this run. The log of one that was killed is cut back: history
+        is its checkpoint's."""
+        self.waits = False
+        self.table.truncate(0)
         self.write_log()
-        if not self.replaces:
-            with self.open("config.json", "w") as f:
-                json.dump(dataclasses.asdict(self.cfg), f, indent=1)
+        with written_whole(self.path("config.json"), "w") as f:
+            json.dump(dataclasses.asdict(self.cfg), f, indent=1)
 
     def load(self, ckpt: dict) -> None:
-        """Go on from a checkpoint of this run. Raises CheckpointError, UserError."""
-        if ckpt.get("data", self.task.mark) != self.task.mark:
-            fail(f"{ckpt['path']}: the run began with another text than the one that is there now; "
-                 "put that one back, or start again with another --out_dir")
+        """Go on from a checkpoint of this run. Raises UserError."""
+        if ckpt.get("data", "") not in ("", self.task.mark):
+            fail(f"{ckpt['path']}: the run began with another text, or other pictures, than are "
+                 "there now; put them back, or start again with another --out_dir")
         try:
             if ckpt["model"] != dataclasses.asdict(self.model):
                 raise ValueError("its sizes are not those of its config")
             for name, net in self.nets.items():
                 net.load_state_dict(ckpt[name])
-            self.average = [p.detach().clone() for p in self.parameters()] if self.cfg.ema else []
-            with torch.no_grad():
-                for p, newest in zip(self.parameters(), ckpt["newest"], strict=True):
-                    p.copy_(newest.view(p.shape))
+            self.average = self.copies() if self.cfg.ema else []
+            self.put(ckpt["newest"])
             for optimizer, state in zip(self.optimizers, ckpt["optimizers"], strict=True):
                 groups = optimizer.state_dict()["param_groups"]  # made of the flags, as ever
                 optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
                 for p, kept in optimizer.state.items():
                     if any(v.shape not in (p.shape, ()) for v in kept.values()):
                         raise ValueError("optimizers of other networks")
-            self.step, self.spent, self.best = ckpt["step"], ckpt["elapsed"], ckpt["best"]
-            self.tokens, self.layers = ckpt["tokens"], ckpt["layers"]
-            self.sums, self.metrics = ckpt["sums"], ckpt["metrics"]
+            self.spent, self.history = ckpt["elapsed"], list(ckpt.get("history", []))
+            for name in ("step", "tokens", "layers", "best", "sums", "metrics"):
+                setattr(self, name, ckpt[name])
             states = ckpt["rng"].split(len(self.gen.get_state()))  # one of each rank
             if len(states) != ranks.WORLD:
                 raise ValueError(f"it is a run of {len(states)} processes, not {ranks.WORLD}")
             self.gen.set_state(states[ranks.RANK].clone())  # torch crashes on a part of a tensor
             torch.set_rng_state(ckpt["torch_rng"])
         except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as e:
-            reason = str(e).splitlines()[0][:120]
-            raise CheckpointError(f"{self.path('ckpt.pt')}: cannot be resumed ({reason}); start "
-                                  "again with --overwrite or another --out_dir") from None
-        self.history = self.read_log()
+            fail(f"{ckpt['path']}: cannot be resumed ({str(e)[:120]}); start again with "
+                 "--overwrite or another --out_dir")
 
     def path(self, name: str) -> str:
         return os.path.join(self.cfg.out_dir, name)
-
-    def mend(self) -> str:
-        return f"make room, or give another folder than --out_dir {self.cfg.out_dir}"
-
-    def open(self, name: str, mode: str = "wb"):
-        """A file of out_dir to write, whole or not at all. Raises UserError."""
-        return written_whole(self.path(name), mode, self.mend())
-
-
-def draw_curve(history: list[dict], file) -> None:
-    """Training losses, and the validation numbers that share a unit, against minutes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    no_loss = "step", "seconds", "tokens", "layers", "lr", "grad"
-    # Columns come in the order in which they were first logged; not all rows have all of them.
-    losses = [k for k in dict.fromkeys(k for row in history for k in row)
-              if k not in no_loss and not k.startswith("val_")]
-    panels = {"training": losses,
-              "validation loss": ["val_teacher", "val_one_step", "val_rollout"],
-              "validation drift (1 - R²) and KL": ["val_drift", "val_one_step_drift", "val_kl"]}
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for ax, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            points = [(r["seconds"] / 60, r[name]) for r in history if name in r]
-            if points:
-                ax.plot(*zip(*points), ".-", label=name.removeprefix("val_"))
-        ax.set(title=title, xlabel="minutes")
-        if ax.lines:
-            ax.legend()
-    fig.tight_layout()
-    fig.savefig(file, dpi=90, format="png")
-    plt.close(fig)

@@ -149,7 +149,7 @@ def stored(lab: Lab, name: str, file: str) -> dict | None:
 
 def store(lab: Lab, name: str, file: str, content: dict) -> None:
     os.makedirs(lab.folder(name), exist_ok=True)
-    with written_whole(os.path.join(lab.folder(name), file), "w", "give another --runs_dir") as f:
+    with written_whole(os.path.join(lab.folder(name), file), "w") as f:
         json.dump(content, f, indent=1)
 
 
@@ -347,7 +347,7 @@ def write_csv(path: str, rows: list[dict]) -> None:
     """Columns in the order in which they come up; floats with five digits."""
     columns = list(dict.fromkeys(k for row in rows for k in row))
     short = lambda v: f"{v:.5g}" if isinstance(v, float) else "" if v is None else v
-    with written_whole(path, "w", "make room, or give another --results_dir") as f:
+    with written_whole(path, "w") as f:
         out = csv.DictWriter(f, columns, lineterminator="\n")
         out.writeheader()
         out.writerows([{k: short(v) for k, v in row.items()} for row in rows])

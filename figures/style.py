@@ -66,6 +66,6 @@ def pictures(ax, images: np.ndarray, columns: int, title: str = "") -> None:
 
 def save(fig, path: str) -> None:
     """Raises UserError where it cannot be written."""
-    with written_whole(path, mend="make room, or give another --results_dir") as f:
+    with written_whole(path) as f:
         fig.savefig(f, format="png")
     plt.close(fig)

@@ -55,7 +55,7 @@ class Data:
     show: Callable | None = None  # show(x_row, y_row) -> a line of text; None for pictures
     density: Callable = lambda length: 1.0  # part of a sequence's times that have a target, about
     late_from: int | None = None  # evaluate.py reports the targets at t >= late_from apart as well
-    mark: str = ""        # changes with the files it was read from; "" where no file is read
+    mark: str = ""        # changes with the text or the pictures; "" for endless tasks
 
     @property
     def bos(self):
@@ -75,12 +75,11 @@ def one_line(e):
 # ------------------------------------------------------------------------------------- writing
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a write raises where no more fits
-ROOM = "make room there, or choose another place"
 
 
 def lock(file) -> bool | None:
-    """Keep an open file for this process, which may lock it again. False: another process has it;
-    None: this system cannot tell. The lock ends with the process, however that ends."""
+    """Keep an open file for this process, until that ends, however it ends. False: another process
+    has it; None: this system cannot tell."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -93,52 +92,49 @@ def lock(file) -> bool | None:
 def regular(path):
     """Where a write to `path` goes: through symbolic links. Raises OSError for what is there and no
     plain file: a device would be replaced, a pipe would hang."""
-    path = os.path.realpath(path)
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
-        raise OSError(errno.EINVAL, "not a regular file")
-    return path
+    target = os.path.realpath(path)
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise OSError(errno.EINVAL, "not a regular file", target)
+    return target
 
 
 def remove_parts(path):
-    """Remove what processes that died left beside `path`: their locks are gone. Where nothing can
-    be locked, everything stays; what is a second old may still be waiting for its lock."""
+    """Remove what processes that died left beside `path`: nobody has them locked."""
     for part in glob.glob(f"{glob.escape(path)}.*.part"):
-        with contextlib.suppress(OSError):
-            if part == f"{path}.{os.getpid()}.part" or time.time() - os.path.getmtime(part) < 1:
-                continue
-            with open(part, "r+b") as f:
-                if lock(f):
-                    os.remove(part)
+        # one that was begun in this second may still be waiting for its lock
+        with contextlib.suppress(OSError), open(part, "r+b") as f:
+            if time.time() - os.path.getmtime(part) > 1 and lock(f):
+                os.remove(part)
 
 
 @contextlib.contextmanager
-def writing(path, mend=ROOM, errors=()):
-    """Inside, what the disk refuses (only `errors`, if there are any) is a UserError that says
-    `mend`."""
+def writing(path, *ours):
+    """Inside, what the disk refuses is a UserError. With `ours`, only if it has no room left or
+    refuses one of these files: the caller may read others."""
     try:
         yield
     except (OSError, RuntimeError) as e:
         # torch.save hides a full disk behind a RuntimeError of its own
         cause = e if isinstance(e, OSError) else e.__context__
-        if not isinstance(cause, OSError) or errors and cause.errno not in errors:
+        if not isinstance(cause, OSError) or \
+                ours and cause.errno not in FULL and cause.filename not in ours:
             raise
-        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); {mend}") from None
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); make room there, "
+                        "or name another place (--out_dir, --out, --results_dir)") from None
 
 
 @contextlib.contextmanager
-def written_whole(path, mode="wb", mend=ROOM):
+def written_whole(path, mode="wb"):
     """A file to write under a temporary name beside `path`. It becomes `path` at the end, or it
     vanishes if anything fails, Ctrl-C included. Raises UserError."""
-    with writing(path, mend):
-        target = regular(path)
-        remove_parts(target)
-        part = f"{target}.{os.getpid()}.part"
-        f = open(part, mode, encoding=None if "b" in mode else "utf-8")
+    target = os.path.realpath(path)
+    part = f"{target}.{os.getpid()}.part"
     try:
-        with writing(path, mend, FULL), f:  # of the caller's own files and downloads it says so
-            lock(f)
-            yield f
-        with writing(path, mend):
+        with writing(path, target, part):
+            remove_parts(regular(path))
+            with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
+                lock(f)
+                yield f
             os.replace(part, target)
     finally:
         with contextlib.suppress(OSError):  # gone already, unless something failed
@@ -179,9 +175,9 @@ def find_file(data_dir, folder, name, mirrors, size=None, sha256=None, inspect=N
 
 
 def download(url, path, size=None, sha256=None, inspect=None):
-    """`path` is whole or absent. Without a known size the server's word for it is taken, without a
-    known sha256 none is checked. Raises BAD_CONTENT."""
-    digest, got = hashlib.sha256(), 0
+    """`path` is whole or absent. Without a known size the server's word for it is taken. Raises
+    BAD_CONTENT."""
+    got = 0
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         if size is None and not (size := int(response.headers.get("Content-Length") or 0)):
             raise OSError("the server does not say how long the file is")
@@ -190,14 +186,13 @@ def download(url, path, size=None, sha256=None, inspect=None):
                                             disable=not sys.stderr.isatty()) as bar:
             while got <= size and (block := response.read(1 << 16)):
                 f.write(block)
-                digest.update(block)
                 got += len(block)
                 bar.update(len(block))
             if got != size:
                 raise OSError(f"{got} bytes came instead of {size}")
-            if sha256 and digest.hexdigest() != sha256:
-                raise OSError("wrong sha256")
             f.flush()
+            if sha256 and fingerprint(f.name) != f"{got} {sha256}":
+                raise OSError("wrong sha256")
             if inspect:
                 inspect(f.name)
 
@@ -220,7 +215,7 @@ def cache_path(source, suffix, *facts):
 
 
 def fingerprint(path):
-    """Bytes and sha256 of a file, in one line of text."""
+    """Bytes and sha256 of a file, as a line."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -229,9 +224,8 @@ def fingerprint(path):
 
 
 def cached(source, suffix, facts, make):
-    """What make(file) writes, from `source` and the facts: (its path, its fingerprint). The file of
-    an earlier call is used if it is what was written then, by the fingerprint that lies beside
-    it."""
+    """(The path of what make(file) writes, its fingerprint). The file of an earlier call with this
+    source and these facts is used if the fingerprint beside it says that it is whole."""
     path = cache_path(source, suffix, *facts)
     beside = Path(f"{path}.sha256")
     with contextlib.suppress(OSError, ValueError):  # one of them is not there, or is no text

@@ -322,5 +322,5 @@ def grid(images, columns, zoom=3):
 def save_png(path, page):
     """Raises UserError where it cannot be written."""
     from PIL import Image
-    with written_whole(path, mend="give another path with --out or --out_dir") as f:
+    with written_whole(path) as f:
         Image.fromarray(page).save(f, format="PNG")

@@ -95,6 +95,27 @@ def test_a_run_of_two_is_resumed(tmp_path):
     assert code and "a run of 2 processes" in err
 
 
+def test_an_old_run_is_replaced_by_the_first_process(tmp_path):
+    """--overwrite: all of it stays until the new run has a checkpoint, also where an evaluation
+    comes first; then nothing of it is left, and the state of both generators is there."""
+    smt = f"smt.py {TASK} {SIZES} {RUN} --n_val 4 --out_dir {tmp_path}/run"
+    assert run(tmp_path, [f"{smt} --steps 2 --log_every 1"], 2)[0] == 0
+    old = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    bptt = smt.replace("smt.py", "bptt.py")
+    code, _, err = run(tmp_path, [f"{bptt} --overwrite --steps 9 --lr 1e18 --warmup 0"], 2)
+    assert code and "not finite" in err, err  # before the first checkpoint
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == old
+    code, _, err = run(tmp_path, [f"{smt} --overwrite --steps 4 --seed 1 --log_every 2 "
+                                  "--eval_every 2 --ckpt_every 3"], 2)
+    assert code == 0, err
+    ckpts = [torch.load(tmp_path / "run" / name, weights_only=True) for name in
+             ("ckpt.pt", "best.pt")]
+    assert [c["config"]["seed"] for c in ckpts] == [1, 1] and ckpts[0]["step"] == 4
+    assert not torch.equal(*ckpts[0]["rng"].chunk(2))
+    rows = list(csv.DictReader(open(tmp_path / "run/log.csv")))
+    assert [r["step"] for r in rows] == ["2", "4"]
+
+
 def test_a_batch_that_does_not_divide(tmp_path):
     """One line that names the flag."""
     code, _, err = run(tmp_path, [f"smt.py {TASK} {SIZES} {RUN} --batch_size 5 "
