@@ -74,30 +74,26 @@ def text_data(name, data_dir, length, data_file="", device="cpu"):
             raise DataError(f"{source}: too short for --length {T}, its {split} split has only "
                             f"{len(part)} bytes")
 
-    files = {part.filename for part in parts.values() if hasattr(part, "filename")}
-    files = {path: os.path.getsize(path) for path in files}
-
-    def demand_whole():
-        # to touch a mapped page behind the end of its file kills a process without a word
-        for path, size in files.items():
-            if os.path.exists(path) and os.path.getsize(path) < size:
-                raise DataError(f"{path}: became shorter while it was in use; put it back and go "
-                                "on with --resume")
-
-    def sequences(rows):
+    def sequences(split, places):
+        # To touch a mapped page behind the end of its file kills a process without a word. What
+        # remains: a file that is cut in the microseconds between this look at it and the next line.
+        path = getattr(parts[split], "filename", None)
+        used = sum(len(v) for v in parts.values() if getattr(v, "filename", None) == path)
+        if path and os.path.exists(path) and os.path.getsize(path) < used:
+            raise DataError(f"{path}: became shorter while it was in use; put it back and go on "
+                            "with --resume")
+        rows = parts[split][places].reshape(-1, T)
         y = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
         return torch.cat([torch.full_like(y[:, :1], BOUNDARY), y[:, :-1]], 1), y
 
     def batch(n, generator):
-        demand_whole()
         begin = torch.randint(len(parts["train"]) - T + 1, (n, 1), generator=generator)
-        return sequences(parts["train"][(begin + torch.arange(T)).numpy()])
+        return sequences("train", (begin + torch.arange(T)).numpy())
 
     def held_out(split, n=None):
         assert split in ("val", "test"), split
-        demand_whole()
         n = min(len(parts[split]) // T, HELD_OUT if n is None else n)
-        x, y = sequences(parts[split][:n * T].reshape(n, T))  # windows side by side
+        x, y = sequences(split, slice(n * T))  # windows side by side
         return dict(x=x, y=y, clean=None, posterior=None)
 
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in parts.items()) + " bytes"

@@ -8,10 +8,12 @@ import gzip
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, RUN, SIZES, TASK
@@ -162,6 +164,25 @@ def test_a_text_that_shrinks_while_in_use(tmp_path):
             use()
 
 
+@pytest.mark.parametrize("when", ["memmap", "randint"])
+def test_a_text_that_shrinks_within_a_read(when, tmp_path, monkeypatch):
+    """Just after it was opened, or after a batch was begun: the bytes are not touched."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"once upon a time " * 10_000)
+    module, gen = (np, torch)[when == "randint"], torch.Generator().manual_seed(0)
+    real = getattr(module, when)
+
+    def then_cut(*args, **more):
+        out = real(*args, **more)
+        os.truncate(path, 5)
+        return out
+
+    monkeypatch.setattr(module, when, then_cut)
+    task = data.load("text", data_file=str(path), length=8)
+    with pytest.raises(DataError, match=f"{path}.*shorter.*--resume"):
+        task.batch(4, gen)
+
+
 def test_a_pipe_is_no_picture(tmp_path):
     """A FIFO with a picture's name is left out, not waited for."""
     from PIL import Image
@@ -188,6 +209,40 @@ def test_resume_on_another_text_is_refused(change, command, tmp_path):
     assert (tmp_path / "run/ckpt.pt").read_bytes() == before
     tale.write_bytes(right)
     assert command(resume)[0] == 0
+
+
+def idx_file(path, seed):
+    """So many random pictures as an MNIST file."""
+    pixels = np.random.default_rng(seed).integers(256, size=(5_010, 28, 28), dtype=np.uint8)
+    path.write_bytes(struct.pack(">IIII", 0x803, *pixels.shape) + pixels.tobytes())
+
+
+def test_resume_on_other_pictures_is_refused(command, tmp_path):
+    """Another idx file, or another picture in the folder; the right ones are welcome."""
+    from PIL import Image
+    images, mnist = tmp_path / "images", tmp_path / "mnist"
+    images.mkdir()
+    mnist.mkdir()
+    for i in range(60):
+        Image.new("L", (8, 8), 255 * (i % 2)).save(images / f"{i}.png")
+    for name in pictures.MNIST_FILES:
+        idx_file(mnist / name, 0)
+    for task, change, back in (
+            ("images --image_size 8", lambda: Image.new("L", (8, 8)).save(images / "new.png"),
+             lambda: (images / "new.png").unlink()),
+            ("mnist --image_size 14", lambda: idx_file(mnist / name, 1),
+             lambda: idx_file(mnist / name, 0))):
+        data_dir = tmp_path / task.split()[0]
+        out_dir = tmp_path / "runs" / data_dir.name
+        assert command(f"bptt.py --dataset {task} --data_dir {data_dir} {{SIZES}} {{RUN}} "
+                       f"--n_val 2 --eval_every 0 --steps 1 --out_dir {out_dir}")[0] == 0
+        resume = f"bptt.py --resume --steps 2 --out_dir {out_dir}"
+        change()
+        code, _, err = command(resume)
+        assert code == 2 and err.count("\n") == 1 and "other pictures" in err, err
+        back()
+        code, _, err = command(resume)
+        assert code == 0, err
 
 
 # ----------------------------------------------------------------------------- a run and its folder
