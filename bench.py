@@ -82,7 +82,7 @@ class Bench:
         self.dmt, self.of_bptt = config("dmt", dmt.Config), config("bptt", bptt.Config)
         self.task = flags.load_data(vars(self.smt), device)
         c = trainer.model_config(self.smt, self.task)
-        # A graph over a whole rollout: the reference has no memory for DMT's large batches. Counted
+        # A graph over a whole rollout: the reference has no memory for DMT's large batch. Counted
         # were 122 bytes for each number of the updater's stream; 30 GB fit everywhere
         row = 122 * c.T * c.update_layers * (c.mem_tokens + 1) * c.d_model
         self.few = max(1, min(self.dmt.batch_size, self.smt.batch_size, int(3e10) // row))
@@ -92,7 +92,7 @@ class Bench:
         self.heads = Heads(c).to(device) if c.heads else None
         self.their_encoder = Encoder(dataclasses.replace(c, encoder="bidirectional")).to(device)
         self.gen = torch.Generator().manual_seed(0)
-        self.times = torch.arange(self.task.T)
+        self.walk, self.one = None, torch.ones((), device=device)
         nets = dict(encoder=self.encoder, decoder=self.decoder, rnn=self.rnn)
         nets |= dict(heads=self.heads) if self.heads else {}
         theirs = nets | dict(encoder=self.their_encoder)
@@ -132,26 +132,25 @@ class Bench:
         self.learn(loss, self.adamw)
         return len(x)
 
-    def dmt_ours(self, batch: int = 0) -> int:
-        """One round: labels and own memories of a batch, then all its optimiser steps. 0: the
-        batch that the reference has memory for."""
-        cfg, T = self.dmt, self.task.T
-        span = min(cfg.span, T - 1)
-        cfg = dataclasses.replace(cfg, span=span)
-        x, y = self.task.batch(batch or self.few, self.gen)
-        horizon = min(cfg.horizon or T, T)
-        with torch.no_grad(), autocast(self.device):
-            labels = self.encoder(x, self.times)
-            own = self.rnn.own_memories(labels, x, self.times, horizon, self.gen, cfg.sweeps)
-        todo = dmt.choose_spans(len(x), T, span, cfg.reuse, self.gen).to(self.device)
-        variance = torch.ones((), device=self.device)
-        steps = dmt.steps_of_round(todo, cfg)
-        for pick in steps:
-            with autocast(self.device):
-                losses = dmt.objective(self.rnn, self.heads, own, labels, x, y, *pick.unbind(1),
-                                       variance, cfg, self.gen)
-            self.learn(losses["loss"], self.optimizers)
-        return sum(map(len, steps)) * span
+    def dmt_sets_out(self) -> None:
+        """What a run of dmt.py does once: labels and own memories of a batch."""
+        cfg = self.dmt = dataclasses.replace(self.dmt, span=min(self.dmt.span, self.task.T - 1))
+        batch = self.task.batch(cfg.batch_size, self.gen)
+        with autocast(self.device):
+            self.walk = dmt.begin(batch, self.encoder, self.rnn, self.task.T, math.inf, cfg,
+                                  self.gen)
+
+    def dmt_ours(self) -> int:
+        """One step, and on to the next spans."""
+        if self.walk is None:
+            self.dmt_sets_out()
+        with autocast(self.device):
+            losses, made = dmt.objective(self.rnn, self.heads, self.walk, self.one, self.dmt,
+                                         self.gen)
+        self.learn(losses["loss"], self.optimizers)
+        with autocast(self.device):
+            dmt.go_on(self.walk, made, self.task, self.encoder, self.task.T, math.inf, self.gen)
+        return made.shape[0] * made.shape[1]
 
     def dmt_reference(self) -> int:
         x, y = self.task.batch(self.few, self.gen)
@@ -209,7 +208,7 @@ def comparisons(a, device: str) -> dict:
             "SMT" + at: ("ours", b.smt_ours, *reference),
             "SMT, nothing on-policy" + at: ("ours", lambda b=b: b.smt_ours(False), *reference),
             "SMT, one transition" + at: ("ours", lambda b=b: b.smt_ours(False, True), *reference),
-            "DMT" + at: ("ours, a whole round", b.dmt_ours, "reference, a step", b.dmt_reference),
+            "DMT" + at: ("ours", b.dmt_ours, "reference", b.dmt_reference),
             "SMT and BPTT" + at: ("SMT", b.smt_ours, "BPTT", b.bptt),
         }
     return pairs

@@ -4,10 +4,12 @@
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --span 1         # no gradient through time at all
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --preset paper   # the paper's loss
 
-One round: the RNN runs on its own memories, without a graph; the frozen encoder says where it
-should have been. Then a few optimiser steps learn from random spans of the round, in parallel over
-time: from its own m_{t-1} the RNN makes --span updates, and what it makes shall be the encoder's
-(Eq. 6) and predict (Eq. 2). A gradient crosses one span at most. Writes runs/dmt-<dataset>.
+Many sequences are under way at once, each at a time of its own. In a step the RNN makes --span
+updates of each, from its own m_{t-1}; what it makes shall be what the frozen encoder makes there
+(Eq. 6), and predict (Eq. 2). A gradient crosses one span at most, and all spans are learnt from in
+parallel. Then each sequence goes on where its span ended, and one that is over makes room for a new
+one. So nothing is rolled out for nothing, and no memory is stale. The paper draws new sequences for
+every step (--spans) and rolls them out, without a graph. Writes runs/dmt-<dataset>.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, fail
@@ -24,7 +26,8 @@ import trainer
 from evaluate import evaluate, summary
 from flags import flag
 from losses import predictive
-from model import RNN, Encoder, Heads, ModelConfig, autocast, build, on_device
+from model import (RNN, CheckpointError, Encoder, Heads, ModelConfig, autocast, build,
+                   on_device)
 from sample import draw_samples
 
 
@@ -32,17 +35,17 @@ from sample import draw_samples
 class Config(flags.Config):
     ckpt: str = flag("checkpoint of smt.py (or of dmt.py) to start from; required", default="")
     span: int = flag("updates in a row that a gradient crosses; the paper: 1")
-    spans: int = flag("spans an optimiser step learns from")
+    spans: int = flag("0: of every sequence the span that it has come to; else so many of all, and "
+                      "new sequences in every step, the paper")
     lambda_mse: float = flag("weight of Eq. 6, in units of the labels' variance")
     lambda_dec: float = flag("weight of the predictions, Eq. 2, read by the readout")
     detach_dec: bool = flag("predictions teach the readout alone; the paper: yes")
     futures: int = flag("spans whose last memory must predict its future; the paper: 0")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
-    horizon: int = flag("updates the RNN runs alone; 0 = from 16 to all of them")
-    sweeps: bool = flag("find the own memories by sweeps over all times at once")
+    horizon: int = flag("updates the RNN runs alone, about; 0 = from 16 to all of them")
+    sweeps: bool = flag("find own memories at the start by sweeps over all times at once")
     tube: float = flag("an error of so many variances puts the RNN on its label; 0 = never")
-    reuse: int = flag("times a round is learnt from; 0 = for one step, the paper")
 
 
 def horizon_at(progress: float, most: int) -> int:
@@ -53,49 +56,111 @@ def horizon_at(progress: float, most: int) -> int:
     return min(most, round(16 * (most / 16) ** min(1.0, progress / 0.6)))
 
 
-def choose_spans(n: int, T: int, span: int, reuse: int, gen: torch.Generator) -> Tensor:
-    """The spans of a round of n sequences, in random order: sequence and time of the first update
-    (N, 2) int64. Spans of a sequence lie side by side behind a random offset; one that would reach
-    over an end is pushed inside. So every transition is learnt from, those near an end up to twice:
-    there some tasks ask. `reuse` times, with another offset each time."""
-    out = []
-    for _ in range(max(1, reuse)):
-        # Without an offset no span would ever begin elsewhere than at 1, 1 + span, 1 + 2 span ..
-        offset = torch.randint(min(span, T - span), (n, 1), generator=gen)
-        t = 1 - offset + span * torch.arange(T // span + 2)                     # (n, many)
-        b, inside = torch.arange(n)[:, None].expand_as(t), t < T
-        spans = torch.stack([b, t.clamp(1, T - span)], -1)[inside]
-        out.append(spans[torch.randperm(len(spans), generator=gen)])
-    return torch.cat(out)
-
-
-def steps_of_round(spans: Tensor, cfg: Config) -> tuple[Tensor, ...]:
-    """The spans (N, 2) of a round, --spans of them a step. One step with --reuse 0, the paper.
-
-    Otherwise many: the round's rollout is T updates in a row, the dearest part, and makes many more
-    transitions than a step needs. They age a little until the next round.
+def span_starts(n: int, T: int, span: int, gen: torch.Generator) -> Tensor:
+    """When the spans of n sequences begin: (n, G) int64 on the CPU, ascending; G is the fewest that
+    cover all T - 1 updates. The first begins at 1, the last ends at T - 1, the others lie side by
+    side behind a random offset: near the ends, where some tasks ask, an update comes up to twice.
     """
-    # Whole steps only: the gradient of a last one with few spans would be noise.
-    steps = max(1, ranks.least(len(spans) // cfg.spans)) if cfg.reuse else 1
-    return spans[:steps * cfg.spans].split(cfg.spans)
+    G = -(-(T - 1) // span)
+    # Without an offset no span would ever begin elsewhere than at 1, 1 + span, 1 + 2 span .. The
+    # smallest one still lets G spans reach the end, so that all sequences have as many.
+    offset = torch.randint(T - 1 - (G - 1) * span, span + 1, (n, 1), generator=gen)
+    later = 1 + offset + span * torch.arange(G - 1)
+    return torch.cat([torch.ones(n, 1, dtype=torch.int64), later], dim=1).clamp(max=T - span)
 
 
-def objective(rnn: RNN, heads: Heads | None, own: Tensor, labels: Tensor, x: Tensor, y: Tensor,
-              b: Tensor, t: Tensor, variance: Tensor, cfg: Config, gen: torch.Generator,
-              density: float = 1.0) -> dict[str, Tensor]:
-    """Eq. 6 and Eq. 2 on N spans -> named scalars. Span i begins with the update at time t (N,) of
-    sequence b (N,) of x, y (B, T), from the RNN's own memory there; own, labels (B, T, K, d)."""
-    when = t[:, None] + torch.arange(cfg.span, device=t.device)                 # (N, S)
+@dataclass
+class Walk:
+    """B sequences under way, and the N spans that the next step learns from."""
+    x: Tensor       # (B, T) int64
+    y: Tensor       # (B, T) int64
+    labels: Tensor  # (B, T, K, d), the encoder's memories
+    starts: Tensor  # (B, G) int64 on the CPU: when the spans of each sequence begin
+    b: Tensor       # (N,) int64 on the CPU: the sequence of a span ..
+    i: Tensor       # (N,) int64 on the CPU: .. and which of its spans it is
+    m: Tensor       # (N, K, d), the RNN's own memory before it
+
+    @property
+    def t(self) -> Tensor:
+        """(N,) int64 on the CPU, the time of the first update of each span."""
+        return self.starts[self.b, self.i]
+
+
+def begin(batch: tuple, encoder: Encoder, rnn: RNN, horizon: int, tube: float, cfg: Config,
+          gen: torch.Generator) -> Walk:
+    """Set out with sequences x, y (B, T): the RNN runs over them alone, without a graph."""
+    x, y = batch
+    (B, T), device = x.shape, x.device
+    starts = span_starts(B, T, cfg.span, gen)
+    G = starts.shape[1]
+    if cfg.spans:
+        pick = torch.randperm(B * G, generator=gen)[:cfg.spans]
+        b, i = pick // G, pick % G
+    else:  # evenly: as many sequences end in every step
+        b, i = torch.arange(B), torch.arange(B) * G // B
+    with torch.no_grad():
+        labels = labels_of(encoder, x, torch.zeros(B) if cfg.spans else i)
+        own = rnn.own_memories(labels, x, torch.arange(T), horizon, gen, cfg.sweeps, tube)
+    m = own[on_device(b, device), on_device(starts[b, i] - 1, device)]
+    return Walk(x, y, labels, starts, b, i, m)
+
+
+def labels_of(encoder: Encoder, x: Tensor, i: Tensor) -> Tensor:
+    """The encoder's memories of x (B, T): (B, T, K, d). One pass for all sequences of equal i (B,),
+    which is how go_on makes them: other passes would have other last digits, and a resumed run
+    shall have the same."""
+    out = None
+    for k in i.unique():
+        at = on_device((i == k).nonzero()[:, 0], x.device)
+        m = encoder(x[at], torch.arange(x.shape[1]))
+        out = m.new_empty(len(x), *m.shape[1:]) if out is None else out
+        out[at] = m
+    return out
+
+
+@torch.no_grad()
+def go_on(walk: Walk, made: Tensor, task, encoder: Encoder, horizon: int, tube: float,
+          gen: torch.Generator) -> int:
+    """To the next span of every sequence, with what the RNN has just made (B, S, K, d). A sequence
+    that is over makes room for a new one; returns how many were."""
+    (B, T), device, before = walk.x.shape, made.device, walk.t
+    walk.i = (walk.i + 1) % walk.starts.shape[1]
+    over = (walk.i == 0).nonzero()[:, 0]
+    if len(over):
+        x, y = (v[:, :T] for v in task.batch(len(over), gen))
+        walk.starts[over] = span_starts(len(over), T, made.shape[1], gen)
+        at = on_device(over, device)
+        walk.x[at], walk.y[at] = x, y
+        walk.labels[at] = encoder(x, torch.arange(T)).to(walk.labels.dtype)
+    # the last span may overlap the one before it, so the memory is not always the newest
+    behind = on_device((walk.t - before - 1).clamp(min=0), device)
+    m = made.detach()[torch.arange(B, device=device), behind]
+    label = walk.labels[torch.arange(B, device=device), on_device(walk.t - 1, device)]
+    # Put back on the label: who begins; about every `horizon` updates; and who is lost. No later
+    # input brings back what the label holds, and whoever learns from there learns to forget.
+    back = walk.i == 0
+    if horizon < T:
+        back = back | (torch.rand(B, generator=gen) < made.shape[1] / horizon)
+    lost = (m - label).square().mean((1, 2)) > tube
+    walk.m = torch.where((on_device(back, device) | lost)[:, None, None], label, m.to(label.dtype))
+    return len(over)
+
+
+def objective(rnn: RNN, heads: Heads | None, walk: Walk, variance: Tensor, cfg: Config,
+              gen: torch.Generator, density: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:
+    """Eq. 6 and Eq. 2 on the N spans of a walk -> named scalars, and the memories that the RNN made
+    (N, S, K, d)."""
+    b, t = on_device(walk.b, walk.x.device), on_device(walk.t, walk.x.device)
+    x, y, when = walk.x[b], walk.y[b], t[:, None] + torch.arange(cfg.span, device=t.device)
     # The memory that a span begins with is a number, not a graph: there the gradient ends.
-    at = b[:, None], when
-    made = rnn.rollout(own[b, t - 1], x[at], t)                                 # (N, S, K, d)
-    mse = F.mse_loss(made.float(), labels[at].float()) / variance   # Eq. 6; 1 = the mean's error
+    made = rnn.rollout(walk.m, x.gather(1, when), t)                            # (N, S, K, d)
+    label = walk.labels[b[:, None], when]
+    mse = F.mse_loss(made.float(), label.float()) / variance        # Eq. 6; 1 = the mean's error
     # The paper's way: predictions teach the readout to read, and the updater learns from Eq. 6
     # alone.
     read = made.detach() if cfg.detach_dec else made
-    dec = predictive(rnn.readout, heads, read, when, x[b], y[b], cfg, gen, density,
-                     ends=True)                                                 # Eq. 2
-    return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec
+    dec = predictive(rnn.readout, heads, read, when, x, y, cfg, gen, density, ends=True)  # Eq. 2
+    return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec, made
 
 
 @torch.no_grad()
@@ -109,10 +174,33 @@ def variance_of(encoder: Encoder, x: Tensor, times: Tensor) -> Tensor:
 
 
 def sequential_layers(c: ModelConfig, cfg: Config, horizon: int) -> tuple[int, int]:
-    """Layers that must run one after another: of a round (the encoder's and the rollout's), and of
-    each of its steps (a span and the readout)."""
+    """Layers that must run one after another: to set out (the encoder's and the rollout's), and of
+    a step (a span, the readout, and the encoder for sequences that are new)."""
+    labels = 0 if cfg.spans else c.enc_layers
     return (c.enc_layers + (horizon - 1) * c.update_layers,
-            cfg.span * c.update_layers + c.dec_layers)
+            cfg.span * c.update_layers + c.dec_layers + labels)
+
+
+def kept(walk: Walk) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a walk. Labels are many, and can be made again."""
+    return {k: getattr(walk, k) for k in ("x", "y", "starts", "i", "m")}
+
+
+@torch.no_grad()
+def resumed(kept: dict[str, Tensor], encoder: Encoder, B: int, T: int, span: int,
+            device: str) -> Walk:
+    """The walk that a checkpoint kept. Raises CheckpointError where it is none of this run's."""
+    c, starts = encoder.c, span_starts(B, T, span, torch.Generator())
+    shapes = dict(x=(B, T), y=(B, T), starts=starts.shape, i=(B,), m=(B, c.mem_tokens, c.mem_dim))
+    bounds = dict(x=(0, c.vocab), y=(-1, c.n_out), starts=(1, T - span + 1), i=(0, starts.shape[1]))
+    if {k: tuple(v.shape) for k, v in kept.items()} != shapes or not all(
+            kept[k].dtype == torch.int64 and a <= kept[k].min() and kept[k].max() < b
+            for k, (a, b) in bounds.items()):
+        raise CheckpointError("the sequences under way are not those of its config; start again")
+    x, y, m = (kept[k].to(device) for k in ("x", "y", "m"))
+    with autocast(device):
+        labels = labels_of(encoder, x, kept["i"])
+    return Walk(x, y, labels, kept["starts"], torch.arange(B), kept["i"], m)
 
 
 def demand_teacher(ckpt: dict | None) -> None:
@@ -139,45 +227,38 @@ def teacher_and_rnn(ckpt: dict, device: str) -> tuple[dict, list]:
 def main(argv) -> None:
     cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
     demand_teacher(ckpt)
+    cfg.shortest = cfg.shortest and 0  # they go on side by side: all have the full length
     device, task = trainer.setup(cfg, ckpt)
     nets, trained = teacher_and_rnn(ckpt, device)
     encoder, decoder, rnn, heads = (nets.get(k) for k in ("encoder", "decoder", "rnn", "heads"))
     c = rnn.c
-    most = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T         # labels: t < most
+    T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T
+    cfg.span = min(cfg.span, T - 1)
     # 64 sequences will do for a unit. Seed 0, so that a resumed run finds the same one.
-    x, _ = task.batch(64, torch.Generator().manual_seed(0))
-    variance = variance_of(encoder, x[:, :most], torch.arange(min(x.shape[1], most)))
+    variance = variance_of(encoder, task.batch(64, torch.Generator().manual_seed(0))[0],
+                           torch.arange(T))
     tube = (cfg.tube or math.inf) * float(variance)
 
     mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("dmt", cfg, nets, trained, c, task, device)
+    walk = resumed(run.kept, encoder, mine.batch_size, T, cfg.span, device) if run.kept else None
     while run.unfinished():
-        # a round: the RNN's own memories, and where the encoder says they should have been
-        x, y = (v[:, :most] for v in task.batch(mine.batch_size, run.gen))
-        T = x.shape[1]
-        times, mine.span = torch.arange(T), min(cfg.span, T - 1)
+        run.set_learning_rate()
         horizon = min(cfg.horizon, T) or horizon_at(run.progress, T)
-        with torch.no_grad(), autocast(device):
-            labels = encoder(x, times)                                          # (B, T, K, d)
-            own = rnn.own_memories(labels, x, times, horizon, run.gen, cfg.sweeps, tube)
-        # Counted apart: the rollout is sequential, and its steps are few layers each.
-        layers_of_round, layers_of_step = sequential_layers(c, mine, horizon)
-        run.count(cfg.batch_size * T, layers_of_round)
-
-        # the steps that learn from it: random spans, in parallel over time
-        todo = on_device(choose_spans(len(x), T, mine.span, cfg.reuse, run.gen), device)
-        for pick in steps_of_round(todo, mine):
-            run.set_learning_rate()
+        layers_to_set_out, layers = sequential_layers(c, cfg, horizon)
+        with autocast(device):
+            if walk is None or cfg.spans:
+                batch = [v[:, :T] for v in task.batch(mine.batch_size, run.gen)]
+                walk = begin(batch, encoder, rnn, horizon, tube, mine, run.gen)
+                run.count(cfg.batch_size * T, layers_to_set_out)
+            losses, made = objective(rnn, heads, walk, variance, mine, run.gen, task.density(T))
+        losses["loss"].backward()
+        new = 0
+        if not cfg.spans:
             with autocast(device):
-                losses = objective(rnn, heads, own, labels, x, y, *pick.unbind(1), variance, mine,
-                                   run.gen, task.density(T))
-            losses["loss"].backward()
-            run.update(losses, layers=layers_of_step)
-            if run.done:
-                break
+                new = go_on(walk, made, task, encoder, horizon, tube, run.gen)
+        run.update(losses, new * T * ranks.WORLD, layers)
 
-        # Only here, between rounds: a resumed run begins with a new round, and to be the run that
-        # was never interrupted it must not lose the rest of an old one.
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
                 if run.time_to_evaluate():
@@ -186,6 +267,7 @@ def main(argv) -> None:
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():
+                    run.kept = {} if cfg.spans or ranks.WORLD > 1 else kept(walk)
                     run.save()
     run.finish("evaluate.py", "sample.py")
 

@@ -468,13 +468,13 @@ NETWORKS = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN, "heads": Heads}
 # What every checkpoint holds, and what one holds besides that can be resumed.
 HOLDS = dict(format=int, script=str, config=dict, model=dict)
 RESUMES = dict(step=int, tokens=int, layers=int, elapsed=float, best=float, metrics=dict, sums=dict,
-               newest=list, optimizers=list, rng=Tensor, torch_rng=Tensor)
+               kept=dict, newest=list, optimizers=list, rng=Tensor, torch_rng=Tensor)
 # Smallest and largest value of sizes and of flags; 0 and 1e12 where nothing is said.
 RANGES = {name: (low, high) for names, low, high in (
     ("T vocab", 2, 10 ** 7), ("n_out d_model mem_tokens", 1, 10 ** 6),
     ("head_dim mem_dim", 0, 10 ** 6), ("ctx_len fut_len heads", 0, 10 ** 7),
     ("n_heads enc_layers dec_layers rnn_layers", 1, 1000), ("n_val", 1, 10 ** 5),
-    ("batch_size log_every span spans micro", 1, 10 ** 9), ("first ema decay", 0, 1),
+    ("batch_size log_every span micro", 1, 10 ** 9), ("first ema decay", 0, 1),
     ("rnn_from", 0, 0.9), ("lr", 1e-12, 1e18), ("seed", 0, 10 ** 18),
     ("threads", 0, 1024),  # torch crashes on absurd numbers
 ) for name in names.split()}
@@ -539,7 +539,7 @@ def demand_usable(ckpt, flags) -> None:
     for row in ckpt.get("history", []):
         if not {"step", "seconds"} <= row.keys() or {*map(type, row.values())} - {int, float}:
             raise ValueError(f"a row of its log is {row}")
-    numbers = tree_leaves([ckpt.get(k) for k in (*names, "newest", "optimizers", "sums")])
+    numbers = tree_leaves([ckpt.get(k) for k in (*names, "newest", "optimizers", "sums", "kept")])
     if not all(torch.as_tensor(v).isfinite().all() for v in numbers if v is not None) \
             or not all(ckpt.get(k, 0) >= 0 for k in ("step", "tokens", "layers", "elapsed")):
         raise ValueError("it holds numbers that are not finite, or below 0")

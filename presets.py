@@ -34,7 +34,7 @@ PRESETS["laptop"] = {
     "warmup":            (50,           30,           50),
     "decay": 0.05,
     "ema": 0.99,
-    "batch_size":        (12,           48,           24),
+    "batch_size":        (12,           128,          24),
 
     # the objective       SMT           DMT           BPTT
     "lambda_dec":        (1.0,          1.0,          _),
@@ -53,8 +53,7 @@ PRESETS["laptop"] = {
     "horizon":           (0,            1_000_000,    _),  # DMT: whole rollouts from the start
     "micro":             (1,            _,            _),
     "span":              (_,            16,           _),
-    "spans":             (_,            128,          _),
-    "reuse":             (_,            1,            _),
+    "spans":             (_,            0,            _),
     "sweeps":            (_,            False,        _),
     "tube":              (_,            0.0,          _),
     "truncate":          (_,            _,            0),
@@ -80,14 +79,13 @@ PRESETS["gpu"] = {  # the paper's widths and depths, with the laptop's cheap lab
     #                     SMT           DMT           BPTT
     "lr":                (1e-3,         3e-4,         3e-4),
     "warmup": 200,
-    # A rollout is hundreds of kernels an update, one after another, and takes as long for many rows
-    # as for few: short ones in SMT; in DMT many sequences, and much to learn from each of them
-    "batch_size":        (64,           256,          128),
+    # An update is hundreds of small kernels, one after another, and takes as long for many rows as
+    # for few: short rollouts in SMT, many sequences in DMT
+    "batch_size":        (64,           512,          128),
     "rnn_batch":         (4,            _,            _),
     "horizon":           (32,           _,            _),
     "first":             (0.1,          0.25,         _),
     "futures":           (128,          128,          _),
-    "spans":             (_,            512,          _),
     "recompute":         (_,            _,            28),
     "minutes":           (12.0,         5.0,          17.0),
     "log_every":         (50,           20,           5),
@@ -132,7 +130,6 @@ PRESETS["paper"] = {
     "span":              (_,            1,            _),
     # a fresh batch every step; of its 32 * 256 updates one in 16 has a label
     "spans":             (_,            512,          _),
-    "reuse":             (_,            0,            _),
     "steps":             (150_000,      1500,         150_000),
     "minutes": 0.0,
     "log_every": 50,
@@ -146,7 +143,7 @@ PRESETS["paper"] = {
 KINDS = {}
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
-    "minutes":           (5.0,          15.0,         20.0),
+    "minutes":           (2.5,          17.5,         20.0),
 }
 KINDS["laptop", "text"] = {
     "length": 128,
@@ -154,7 +151,7 @@ KINDS["laptop", "text"] = {
 }
 KINDS["laptop", "sketchy"] = {
     "minutes":           (10.0,         5.0,          15.0),
-    "batch_size":        (4,            32,           12),
+    "batch_size":        (4,            64,           12),
     "n_val": 40,
     "fut_len":           (40,           _,            _),  # more than a row of pixels
     "heads":             (64,           _,            _),

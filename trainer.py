@@ -104,6 +104,7 @@ class Run:
         self.gen = torch.Generator().manual_seed(cfg.seed + 1_000_003 * ranks.RANK)
         self.step, self.tokens, self.layers = 0, 0, 0  # what was spent, and seconds of it
         self.spent, self.best = 0.0, math.inf
+        self.kept = {}  # tensors that the script itself needs to go on
         self.sums, self.metrics = {}, {}  # losses since the last log line; the last evaluation
         self.history, self.columns = [], []  # rows of log.csv, and what it has columns for
         # One thread of a CPU has a clock of its own, which a busy machine does not push on: races
@@ -202,7 +203,6 @@ class Run:
 
     def unfinished(self) -> bool:
         """Shall there be another turn of the loop? Not when the run is over or shall stop."""
-        self.turn = self.step  # where this turn begins
         return not self.done and not self.stopped
 
     def time_to_evaluate(self) -> bool:
@@ -212,9 +212,8 @@ class Run:
         return self.due(self.done or self.stopped, self.cfg.ckpt_every)
 
     def due(self, now: bool, every: int) -> bool:
-        """For the first rank: now, or did this turn of the loop reach a multiple of `every`?"""
-        # Not step % every == 0: a turn of DMT makes many steps and may jump over the multiple.
-        return not ranks.RANK and (now or every > 0 and self.step // every > self.turn // every)
+        """For the first rank: now, or is this a multiple of `every` steps?"""
+        return not ranks.RANK and (now or every > 0 and self.step % every == 0)
 
     def finish(self, *then: str) -> None:
         """Say which scripts come next. A run that was stopped exits here and says how to go on."""
@@ -401,7 +400,7 @@ class Run:
         full = self.state() | dict(
             optimizers=[o.state_dict() for o in self.optimizers], newest=self.newest,
             elapsed=self.elapsed(), best=self.best, sums=self.sums, history=self.history,
-            rng=self.rng, torch_rng=torch.get_rng_state())
+            kept=self.kept, rng=self.rng, torch_rng=torch.get_rng_state())
         with written_whole(self.path("ckpt.pt")) as f:
             torch.save(full, f)
         if self.waits:
@@ -438,7 +437,7 @@ class Run:
                     if any(v.shape not in (p.shape, ()) for v in kept.values()):
                         raise ValueError("optimizers of other networks")
             self.spent, self.history = ckpt["elapsed"], list(ckpt.get("history", []))
-            for name in ("step", "tokens", "layers", "best", "sums", "metrics"):
+            for name in ("step", "tokens", "layers", "best", "sums", "metrics", "kept"):
                 setattr(self, name, ckpt[name])
             states = ckpt["rng"].split(len(self.gen.get_state()))  # one of each rank
             if len(states) != ranks.WORLD:

@@ -16,7 +16,7 @@ from model import RNN, UPDATERS, Decoder, ModelConfig, rope
 WAYS = {  # name -> (script, flags, style)
     "SMT": ("smt", dict(horizon=1), "smt"),
     "SMT, on-policy too": ("smt", {}, "dmt-span1"),
-    "DMT, a round": ("dmt", {}, "dmt"),
+    "DMT": ("dmt", {}, "dmt"),
     "BPTT": ("bptt", {}, "bptt"),
 }
 SIZES = {  # of the networks that generate; the plain Transformer has all layers of one RNN step
@@ -80,14 +80,11 @@ def tab1(lab: Lab) -> tuple[str, str]:
 
 def training_step(lab: Lab, name: str, T: int) -> dict:
     """ms, peak MiB of the process and sequential layers of one step of the shipped script: the last
-    of a short run on windows of T bytes, where rollouts have their full length. DMT: a round and
-    all its steps."""
+    of a short run on windows of T bytes, where rollouts have their full length."""
     script, flags, _ = WAYS[name]
     few = 2 if lab.quick else 12
-    # DMT: a round has batch * T / span * reuse / spans steps
-    steps = 5 if script != "dmt" or lab.quick else 5 * max(1, few * (T // 16) * 2 // 128)
     job = Job(f"tab1-{script}-{flags.get('horizon', 0)}-{T}", script, 0, flags | dict(
-        steps=steps, batch_size=few, log_every=1, eval_every=0, n_val=1, ckpt_every=0))
+        steps=5, batch_size=few, log_every=1, eval_every=0, n_val=1, ckpt_every=0))
     if script == "dmt":
         job.after = f"tab1-smt-0-{T}"
     else:
@@ -108,9 +105,8 @@ def training_step(lab: Lab, name: str, T: int) -> dict:
         peak = usage.ru_maxrss
         say(f"tab1 | {name}, T = {T}")
     rows = log(lab, job.name)
-    last = max(1, steps // 5) if script == "dmt" else 1
-    step = dict(ms=1e3 * (rows[-1]["seconds"] - rows[-1 - last]["seconds"]), mib=peak / 1024,
-                layers=rows[-1]["layers"] - rows[-1 - last]["layers"])
+    step = dict(ms=1e3 * (rows[-1]["seconds"] - rows[-2]["seconds"]), mib=peak / 1024,
+                layers=rows[-1]["layers"] - rows[-2]["layers"])
     store(lab, job.name, "step.json", step)
     return step
 

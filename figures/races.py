@@ -18,7 +18,7 @@ from console import fail
 from figures import style
 from figures.runs import Job, Lab, commit, log, scores, stored, table, train
 
-SMT_SHARE = 0.25  # of the minutes of a race; what follows SMT has the rest
+SMT_SHARE = 0.125  # of the minutes of a race; what follows SMT has the rest
 UPDATERS = ("transformer", "mlp", "gru")
 RACES = {
     "race14": dict(minutes=6.0, n_test=2000, span=16, flags=dict(
@@ -28,12 +28,12 @@ RACES = {
     # four times the pixels: a quarter of the batch fits into a step of the same length
     "race28": dict(minutes=40.0, n_test=2000, span=32, flags=dict(
         smt=dict(dataset="mnist", image_size=28, n_val=50, batch_size=6, fut_len=56, heads=56),
-        dmt=dict(n_val=50, batch_size=24),
+        dmt=dict(n_val=50, batch_size=64),
         bptt=dict(n_val=50, batch_size=12, eval_every=50, ckpt_every=25))),
     # sizes, batches and rates are the preset's
     "racegpu": dict(minutes=17.0, n_test=10_000, span=64, flags=dict(
         smt=dict(dataset="mnist", image_size=28, preset="gpu"),
-        dmt=dict(preset="gpu", spans=128),  # of 64 updates each
+        dmt=dict(preset="gpu", batch_size=128),  # spans of 64 updates each
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
 # At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT: weights

@@ -106,8 +106,6 @@ def toy(job: Job) -> Job:
                 fut_len=4, heads=4, span=3, truncate=4, futures=4, rnn_batch=2)
     f |= {k: min(f[k], v) for k, v in most.items() if f.get(k)}
     f |= dict(preset="laptop", batch_size=4, n_val=2, eval_every=0, steps=2)
-    if job.script == "dmt":
-        f["spans"] = 8
     return Job(job.name, job.script, 0, f if job.after else TOY | f, job.after)
 
 

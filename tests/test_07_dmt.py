@@ -1,5 +1,5 @@
-"""Lesson: the RNN's own memories, at most `horizon` - 1 updates from an encoder's, and Eq. 6 on
-spans that start there."""
+"""Lesson: the RNN's own memories, at most `horizon` - 1 updates from an encoder's; sequences under
+way, each at a time of its own; and Eq. 6 on the spans that they have come to."""
 import math
 
 import pytest
@@ -10,6 +10,7 @@ from tiny import B, K, M, T, gen, networks, recipe, sequences
 
 import dmt
 from losses import cross_entropy
+from model import CheckpointError
 
 
 def setting(n=B):
@@ -124,43 +125,135 @@ def test_curriculum_grows_to_the_whole():
 @pytest.mark.parametrize("length, span", [(T, 1), (T, 3), (T, 5), (T, T - 1), (64, 16), (2, 1)])
 def test_spans_cover_every_transition(length, span):
     """In every sequence each transition 1 .. T - 1 is learnt from; on average those in the middle
-    once, those near an end up to twice."""
+    once, those near an end up to twice. All sequences have as many spans, and no more than needed."""
     n = 600
-    spans = dmt.choose_spans(n, length, span, 1, gen())
-    b, t = spans.unbind(1)
-    assert t.min() == 1 and t.max() == length - span
+    starts = dmt.span_starts(n, length, span, gen())
+    assert starts.shape == (n, math.ceil((length - 1) / span))
+    assert (starts[:, 0] == 1).all() and (starts[:, -1] == length - span).all()
+    assert (starts.diff() > 0).all()
     count = torch.zeros(n, length)
     for k in range(span):
-        count.index_put_((b, t + k), torch.ones(len(b)), accumulate=True)
-    assert (count[:, 0] == 0).all() and (count[:, 1:] >= 1).all()
-    mean = count.mean(0)[1:]
-    assert mean.max() < 2.05
+        count.scatter_add_(1, starts + k, torch.ones(starts.shape))
+    assert (count[:, 0] == 0).all() and (count[:, 1:] >= 1).all() and count.max() <= 2
     if span == 1 or span == length - 1:
         assert (count[:, 1:] == 1).all()
     elif length > 3 * span:
-        assert torch.allclose(mean[span:-span], torch.ones(()))
+        assert (count[:, 2 * span:-2 * span] == 1).all()
+        # spans begin everywhere: behind a start as well as in the middle
+        assert len(starts[:, 1].unique()) > 1
 
 
-def test_spans_come_in_random_order_and_anew():
-    """Reuse goes through a round again with other offsets; the order mixes sequences; a seed
-    repeats it."""
-    once, twice = (dmt.choose_spans(50, 30, 4, reuse, gen()) for reuse in (1, 2))
-    assert torch.equal(once, twice[:len(once)])
-    again = twice[len(once):]
-    assert {tuple(s) for s in once.tolist()} != {tuple(s) for s in again.tolist()}
-    for part in (once, again):
-        assert set(part[:, 0].tolist()) == set(range(50))
-        assert not torch.equal(part[:, 0], part[:, 0].sort().values)
+# ------------------------------------------------------------------------------------------ the walk
+
+def after(x):
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
 
-def test_steps_of_a_round():
-    """Whole steps, every span in one of them; a short round is one step; 0 reuses: the first."""
-    spans = torch.arange(22).view(11, 2)
-    cfg = lambda reuse, n=4: tiny.recipe(dmt, spans=n, reuse=reuse)
-    parts = dmt.steps_of_round(spans, cfg(1))
-    assert [len(p) for p in parts] == [4, 4] and torch.equal(torch.cat(parts), spans[:8])
-    assert [len(p) for p in dmt.steps_of_round(spans, cfg(1, 100))] == [11]
-    assert [len(p) for p in dmt.steps_of_round(spans, cfg(0))] == [4]
+class Task:
+    """Endless sequences; those that were handed out."""
+    def __init__(self):
+        self.drawn = []
+
+    def batch(self, n, generator):
+        x = torch.randint(5, (n, T), generator=generator)
+        x[:, 0] = 5
+        self.drawn.append(x)
+        return x, after(x)
+
+
+def under_way(span=3, horizon=T, tube=math.inf, n=10, seed=0, **changes):
+    encoder, _, rnn = networks()
+    with torch.no_grad():
+        rnn.m0.copy_(encoder(torch.full((1, 1), 5))[0, 0])
+    cfg, task, g = recipe(dmt, span=span, batch_size=n, **changes), Task(), gen(seed)
+    walk = dmt.begin(task.batch(n, g), encoder, rnn, horizon, tube, cfg, g)
+    return encoder, rnn, cfg, task, g, walk
+
+
+@pytest.mark.parametrize("span", [1, 3, 4, T - 1])
+def test_a_walk_is_the_rollout(span):
+    """While the RNN stays as it is, the memory that a span begins with is always the RNN's own,
+    alone from m_0: at the start, behind each span, where the last one overlaps, and in sequences
+    that came later."""
+    encoder, rnn, cfg, task, g, walk = under_way(span)
+    G, rows = walk.starts.shape[1], torch.arange(10)
+    new = 0
+    for step in range(2 * G + 1):
+        own = rnn.memories(walk.x)
+        assert torch.allclose(walk.m, own[rows, walk.t - 1], atol=1e-5)
+        assert torch.allclose(walk.labels, encoder(walk.x), atol=1e-5)
+        made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, g)[1]
+        new += dmt.go_on(walk, made, task, encoder, T, math.inf, g)
+        assert torch.equal(walk.y, after(walk.x))
+    assert 2 * 10 <= new <= 3 * 10 and sum(map(len, task.drawn)) == 10 + new
+
+
+def test_every_step_has_all_ages():
+    """As many sequences begin as are in the middle and end; in one turn each is learnt from whole."""
+    encoder, rnn, cfg, task, g, walk = under_way(span=2, n=20)
+    assert walk.i.bincount().tolist() == [4] * 5
+    seen = torch.zeros(20, T)
+    first = walk.x.clone()
+    for step in range(5):
+        mine = (walk.x == first).all(1)
+        for k in range(2):
+            seen[mine, (walk.t + k)[mine]] += 1
+        made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, g)[1]
+        assert dmt.go_on(walk, made, task, encoder, T, math.inf, g) == 4
+        assert walk.i.bincount().tolist() == [4] * 5
+    for n in range(20):  # from where it was to its end
+        t = int(seen[n, 1:].argmax()) + 1
+        assert (seen[n, t:] >= 1).all() and (seen[n, :t] == 0).all()
+
+
+def test_put_back_on_the_label():
+    """Outside the tube: those and no others. With a short horizon: about every `horizon` updates."""
+    encoder, rnn, cfg, task, g, walk = under_way(span=2, n=40)
+    made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, gen(1))[1].detach()
+    rows = torch.arange(40)
+    dmt.go_on(walk, made, task, encoder, T, math.inf, g)
+    label, own = walk.labels[rows, walk.t - 1], walk.m.clone()
+    error = (own - label).square().mean((1, 2))
+    width = float(error.median())
+    for wide, expected in (math.inf, torch.zeros(40).bool()), (width, error > width):
+        again = under_way(span=2, n=40)
+        dmt.go_on(again[-1], made, again[3], encoder, T, wide, again[4])
+        assert torch.equal(again[-1].m, torch.where(expected[:, None, None], label, own))
+    back = 0
+    for seed in range(20):
+        again = under_way(span=2, n=40)
+        dmt.go_on(again[-1], made, again[3], encoder, 8, math.inf, gen(seed))
+        old = again[-1].i > 0
+        back += float((again[-1].m == label)[old].all(2).all(1).float().mean()) / 20
+    assert abs(back - 2 / 8) < 0.05
+    again = under_way(span=2, n=40)
+    dmt.go_on(again[-1], made, again[3], encoder, 2, math.inf, again[4])
+    assert torch.equal(again[-1].m, again[-1].labels[rows, again[-1].t - 1])
+
+
+def test_new_sequences_every_step():
+    """With --spans, the paper: any spans of any sequence, each at most once, from its own memory."""
+    encoder, rnn, cfg, task, g, walk = under_way(span=1, n=4, spans=25)
+    pairs = {(int(b), int(t)) for b, t in zip(walk.b, walk.t)}
+    assert len(pairs) == 25 == len(walk.m) and {b for b, _ in pairs} == {0, 1, 2, 3}
+    assert torch.allclose(walk.m, rnn.memories(walk.x)[walk.b, walk.t - 1], atol=1e-5)
+
+
+def test_a_walk_is_kept_and_resumed():
+    """What a checkpoint keeps makes the same walk, in every bit, and what is no such walk is
+    refused."""
+    encoder, rnn, cfg, task, g, walk = under_way(span=3)
+    for _ in range(3):
+        made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, g)[1]
+        dmt.go_on(walk, made, task, encoder, T, math.inf, g)
+    kept = dmt.kept(walk)
+    again = dmt.resumed(kept, encoder, 10, T, 3, "cpu")
+    for name, value in vars(walk).items():
+        assert torch.equal(value, getattr(again, name)), name
+    for name, bad in (("x", kept["x"] + 6), ("i", kept["i"] + 9), ("m", kept["m"][1:]),
+                      ("starts", kept["starts"].float()), ("y", kept["y"] - 2)):
+        with pytest.raises(CheckpointError):
+            dmt.resumed(kept | {name: bad}, encoder, 10, T, 3, "cpu")
 
 
 # ---------------------------------------------------------------------------------------- objective
@@ -168,8 +261,9 @@ def test_steps_of_a_round():
 def losses(nets, own, labels, b, t, heads=None, variance=0.5, y=None, **changes):
     cfg = recipe(dmt, **dict(first=0.0, futures=1000, lambda_fut=1.0, span=1) | changes)
     x, given = sequences()
-    return dmt.objective(nets[2], heads, own, labels, x, given if y is None else y, b, t,
-                         torch.tensor(variance), cfg, gen())
+    starts = torch.arange(T).expand(B, T)  # span i of a sequence begins at i
+    walk = dmt.Walk(x, given if y is None else y, labels, starts, b, t, own[b, t - 1])
+    return dmt.objective(nets[2], heads, walk, torch.tensor(variance), cfg, gen())[0]
 
 
 @pytest.mark.parametrize("span", [1, 3])

@@ -64,8 +64,9 @@ def dmt_losses(nets, own, b, t, heads=None, y=None, **changes):
     encoder, _, rnn = nets
     x, given = sequences()
     cfg = recipe(dmt, **dict(first=1.0, futures=0) | changes)
-    return dmt.objective(rnn, heads, own, encoder(x).detach(), x, given if y is None else y, b, t,
-                         torch.ones(()), cfg, gen())
+    starts = torch.arange(T).expand(B, T)  # span i of a sequence begins at i
+    walk = dmt.Walk(x, given if y is None else y, encoder(x).detach(), starts, b, t, own[b, t - 1])
+    return dmt.objective(rnn, heads, walk, torch.ones(()), cfg, gen())[0]
 
 
 @pytest.mark.parametrize("span", [1, 3, T - 1])
@@ -122,10 +123,9 @@ def test_dmt_leaves_the_teacher_alone():
     nets = encoder, decoder, rnn = networks()
     for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
         p.requires_grad_(False)
-    x, _ = sequences()
-    own = rnn.own_memories(encoder(x), x, torch.arange(T), 4, gen())
-    b, t = dmt.choose_spans(B, T, 3, 1, gen()).unbind(1)
-    dmt_losses(nets, own, b, t, tiny.heads(), span=3, futures=9)["loss"].backward()
+    cfg = recipe(dmt, span=3, futures=9)
+    walk = dmt.begin(sequences(), encoder, rnn, 4, 1e9, cfg, gen())
+    dmt.objective(rnn, tiny.heads(), walk, torch.ones(()), cfg, gen())[0]["loss"].backward()
     assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0))
     assert all(p.grad is not None for p in rnn.updater.parameters())
 

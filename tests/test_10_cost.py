@@ -25,7 +25,7 @@ def test_a_step_at_laptop_size():
     and the readout. BPTT: 195 updates of 2 (m_0 is there already), and the readout."""
     assert smt.sequential_layers(LAPTOP, 0) == 4 and smt.sequential_layers(LAPTOP, 1) == 6
     assert smt.sequential_layers(LAPTOP, smt.horizon_at(0.0, 196)) == 12
-    assert dmt.sequential_layers(LAPTOP, recipe(dmt, span=16), 196) == (2 + 195 * 2, 16 * 2 + 2)
+    assert dmt.sequential_layers(LAPTOP, recipe(dmt, span=16), 196) == (2 + 195 * 2, 16 * 2 + 4)
     assert bptt.sequential_layers(LAPTOP, LAPTOP.T) == 392
 
 
@@ -66,8 +66,8 @@ def test_the_count_of_smt_is_what_is_called(horizon, monkeypatch):
 @pytest.mark.parametrize("sweeps", [False, True])
 @pytest.mark.parametrize("horizon", [1, 3, T])
 def test_the_count_of_dmt_is_what_is_called(horizon, sweeps, monkeypatch):
-    """A round rolls out once, wherever its pieces begin; each of its steps is one span and one
-    readout."""
+    """To set out is one rollout, wherever its pieces begin; a step is one span, one readout, and
+    labels for what is new."""
     rnn = networks()[2]
     calls = counted(rnn, monkeypatch)
     cfg = recipe(dmt, sweeps=sweeps, span=3)
@@ -76,9 +76,11 @@ def test_the_count_of_dmt_is_what_is_called(horizon, sweeps, monkeypatch):
     rnn.own_memories(own, sequences()[0], torch.arange(T), horizon, gen(), sweeps)
     assert len(calls) == said[0] - 2 == horizon - 1
     calls.clear()
-    dmt.objective(rnn, None, own, own, *sequences(), torch.arange(B), torch.tensor([1, 4, 8]),
-                  torch.ones(()), cfg, gen())
-    assert len(calls) == said[1] - 2 == 3
+    x, y = sequences()
+    walk = dmt.Walk(x, y, own, torch.tensor([[1, 4, 8]] * B), torch.arange(B), torch.arange(B),
+                    own[:, 0])
+    dmt.objective(rnn, None, walk, torch.ones(()), cfg, gen())
+    assert len(calls) == said[1] - 2 - 2 == 3
 
 
 def rows(folder):
@@ -86,13 +88,13 @@ def rows(folder):
 
 
 def test_log_csv_holds_both(command, tiny_smt, tmp_path):
-    """Cumulative, for every method, over a resume too; a round of DMT is read once, however many
-    steps learn from it."""
+    """Cumulative, for every method, over a resume too; DMT reads a sequence once, however many of
+    its spans are learnt from."""
     T, B = 8, 4
-    # four spans of 2 in each of 4 sequences: two steps a round; the whole sequence is the horizon
+    # four spans of 2 in each of 4 sequences: one of them ends in every step
     start = dict(smt="{TINY} --rnn transformer --steps 4 --horizon 3 --rnn_from 0",
                  bptt="{TINY} --rnn transformer --steps 4",
-                 dmt=f"--ckpt {tiny_smt} {{RUN}} --steps 6 --span 2 --spans 8 --reuse 1")
+                 dmt=f"--ckpt {tiny_smt} {{RUN}} --steps 6 --span 2 --batch_size 4")
     for script, line in start.items():
         line = f"{script}.py {line} --log_every 1 --out_dir {tmp_path}/{script}"
         code, _, err = command(line)
@@ -103,9 +105,9 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
     assert column("smt", "tokens") == [B * T * s for s in range(1, 7)]
     assert column("smt", "layers") == [(2 + 3 * 2 + 1) * s for s in range(1, 7)]
     assert column("bptt", "layers") == [(7 * 2 + 1) * s for s in range(1, 5)]
-    assert column("dmt", "tokens") == [32, 32, 64, 64, 96, 96]
-    # a GRU: 2 + 7 updates a round, a span of 2 and the readout's 1 a step
-    assert column("dmt", "layers") == [12, 15, 27, 30, 42, 45]
+    assert column("dmt", "tokens") == [B * T + T * s for s in range(1, 7)]
+    # a GRU: 2 + 7 updates to set out; a span of 2 and the readout's 1 a step; 2 for new labels
+    assert column("dmt", "layers") == [9 + 5 * s for s in range(1, 7)]
     ckpt = torch.load(tmp_path / "smt" / "ckpt.pt", weights_only=True)
     assert (ckpt["tokens"], ckpt["layers"]) == (B * T * 6, 9 * 6)
 

@@ -47,13 +47,13 @@ def test_transitions_are_counted_as_they_are_learnt():
     of every span. Both take a step with them."""
     b = bench.Bench("laptop", "modular", "cpu", "data", examples=4)             # T = 8
     b.smt = dataclasses.replace(b.smt, batch_size=5, rnn_batch=3, times=0, horizon=0)
-    b.dmt = dataclasses.replace(b.dmt, span=16, spans=8, reuse=2)
+    b.dmt = dataclasses.replace(b.dmt, span=16, batch_size=10)
     assert b.encoder.c.encoder == "causal" and b.their_encoder.c.encoder == "bidirectional"
     before = b.rnn.updater.cell.weight_hh.detach().clone()
     assert b.smt_ours() == 2 * 3 * 7 and b.smt_ours(False) == 3 * 7
     assert b.smt_ours(False, plain=True) == 5
     assert not torch.equal(before, b.rnn.updater.cell.weight_hh)
-    assert b.dmt_ours(10) == 16 * 7  # 20 spans as long as the sequence, two steps of 8 of them
+    assert b.dmt_ours() == b.dmt_ours() == 10 * 7  # spans are cut to the sequence
 
 
 def test_interleaved_calls_take_turns():

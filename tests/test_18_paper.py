@@ -23,7 +23,7 @@ SMT = dict(optimizer="adamw", lr=3e-4, warmup=0.01, decay=1.0, ema=0.0, batch_si
            horizon=1)
 DMT = dict(optimizer="adamw", lr=3e-5, warmup=0.01, decay=0.0, ema=0.0, batch_size=32, steps=1500,
            minutes=0.0, lambda_mse=10.0, lambda_dec=1.0, detach_dec=True, horizon=256, span=1,
-           spans=32 * 256 // 16, reuse=0, first=1.0, futures=0, sweeps=False, tube=0.0)
+           spans=32 * 256 // 16, first=1.0, futures=0, sweeps=False, tube=0.0)
 TASKS = dict(retrieval=dict(times=0, ctx_len=0, fut_len=0), copy=dict(times=0, ctx_len=0),
              mnist=dict(levels=256, image_size=28, times=2), tinystories=dict(length=256 + 64))
 
@@ -126,16 +126,16 @@ def test_a_time_of_a_text_has_its_whole_future(monkeypatch, tmp_path):
 
 
 def test_a_fresh_batch_every_step_of_dmt(monkeypatch, tmp_path, tiny_smt):
-    """No round is learnt from twice, and a step learns from so many transitions as said."""
+    """No sequence is learnt from twice, and a step learns from so many transitions as said."""
     argv = ["--ckpt", str(tiny_smt), "--preset", "paper", *"--batch_size 8 --spans 5 --eval_every "
             "0 --n_val 2 --threads 1 --device cpu".split()]
-    calls = seen(dmt, monkeypatch, tmp_path, argv, [4, 6], 6)
-    assert all(len(b) == 5 for _, b in calls)
-    assert all(not torch.equal(a, b) for (a, _), (b, _) in zip(calls, calls[1:]))
+    walks = [walk for (walk,) in seen(dmt, monkeypatch, tmp_path, argv, [2], 6)]
+    assert all(len(walk.m) == 5 and len(walk.x) == 8 for walk in walks)
+    assert all(not torch.equal(a.x, b.x) for a, b in zip(walks, walks[1:]))
 
 
 def test_horizon_of_the_paper_does_not_grow(monkeypatch, tmp_path, tiny_smt):
-    """256 updates from the first round to the last; cut where a sequence is shorter."""
+    """256 updates from the first step to the last; cut where a sequence is shorter."""
     horizons, real = [], dmt.RNN.own_memories
 
     def own_memories(self, labels, x, times, horizon, *more):

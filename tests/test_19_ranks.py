@@ -82,7 +82,7 @@ def test_a_run_of_two_is_resumed(tmp_path):
     lines = [f"{smt} --steps 4 --out_dir {tmp_path}/whole",
              f"{smt} --steps 2 --out_dir {tmp_path}/parts",
              f"smt.py --resume --steps 4 --out_dir {tmp_path}/parts",
-             f"dmt.py --ckpt {tmp_path}/whole/ckpt.pt {RUN} --span 3 --spans 4 "
+             f"dmt.py --ckpt {tmp_path}/whole/ckpt.pt {RUN} --span 3 "
              f"--out_dir {tmp_path}/dmt"]
     code, _, err = run(tmp_path, lines, 2)
     assert code == 0, err

@@ -48,11 +48,11 @@ def count(*flags):
 
 
 def test_replayed_updates_leave_the_work_as_it_is():
-    """A round of DMT with --graph: the same operations in less time, since fewer kernels wait for
+    """DMT sets out with --graph: the same operations in less time, since fewer kernels wait for
     their start."""
     (plain, got), (quick, _) = (count("--only", "dmt.py", *more) for more in ((), ("--graph",)))
     assert got.returncode == 0, got.stderr
-    plain, quick = (rows["dmt.py, a round"] for rows in (plain, quick))
+    plain, quick = (rows["dmt.py, setting out"] for rows in (plain, quick))
     assert plain[5] == quick[5] != "0" and float(quick[6]) < float(plain[6])
 
 

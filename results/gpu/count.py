@@ -118,14 +118,14 @@ def ways(b: bench.Bench) -> dict:
     return {
         "smt.py, teacher alone": lambda: teacher_alone(b),
         "smt.py, a step": b.smt_ours,
-        "dmt.py, a round": lambda: b.dmt_ours(b.dmt.batch_size),
+        "dmt.py, setting out": b.dmt_sets_out,
+        "dmt.py, a step": b.dmt_ours,
         "bptt.py, a step": lambda: b.bptt(b.of_bptt.batch_size),
         "a validation": lambda: evaluate.evaluate(b.task, *nets, "val", n, kl_sequences=16,
                                                   fast=True),
         "40 samples": lambda: sample.generate(b.rnn, 40, b.task.T, torch.Generator()),
         "bench.py, reference SMT": b.smt_reference,
         "bench.py, one transition": lambda: b.smt_ours(False, True),
-        "bench.py, DMT" + few: b.dmt_ours,
         "bench.py, ref. DMT" + few: b.dmt_reference,
         "bench.py, BPTT": b.bptt,
     }
@@ -135,7 +135,8 @@ def teacher_alone(b: bench.Bench) -> None:
     """A step before --rnn_from."""
     x, y = b.task.batch(b.smt.batch_size, b.gen)
     with bench.autocast(b.device):
-        losses = smt.teacher_alone(b.encoder, b.decoder, b.heads, x, y, b.times, b.smt, b.gen)
+        losses = smt.teacher_alone(b.encoder, b.decoder, b.heads, x, y,
+                                   torch.arange(b.task.T), b.smt, b.gen)
     b.learn(losses["loss"], b.optimizers)
 
 
@@ -158,7 +159,8 @@ def graphs_start_faster(b: bench.Bench, gpu: PretendedGPU) -> None:
 # What the other stages of run.sh count on: seconds and GB a call, at gpu sizes and 28x28. Estimated
 # from the counts, with room; never measured.
 GUESS = {"smt.py, teacher alone": (0.2, 40), "smt.py, a step": (0.5, 40),
-         "dmt.py, a round": (15, 40), "bptt.py, a step": (25, 40), "a validation": (30, 40)}
+         "dmt.py, setting out": (15, 40), "dmt.py, a step": (1, 40),
+         "bptt.py, a step": (25, 40), "a validation": (30, 40)}
 
 
 def measured(way, device: str) -> tuple[float, int, float]:

@@ -150,8 +150,7 @@ BAD = [  # command, what its one line must mention
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --sweeps 3", "3"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --horizon -1", "--horizon"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --span 0", "--span"),
-    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --spans 0", "--spans"),
-    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --reuse -1", "--reuse"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --spans -1", "--spans"),
     ("smt.py {TINY} --decay 1.5", "--decay"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --first 2", "--first"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --lambda_mse inf", "--lambda_mse"),
@@ -414,7 +413,7 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--noise 0.9 | "
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
-       "--lambda_mse 5 | --span 1 | --spans 5 | --reuse 3 | --reuse 0 | --first 0.3 | "
+       "--lambda_mse 5 | --span 1 | --spans 5 | --first 0 | "
        "--futures 3 | --lambda_fut 3 | --ema 0.05 | --tube 0 + --tube 0.1 | --horizon 1 | "
        "--tube 0 --horizon 3 + --sweeps").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
@@ -438,7 +437,7 @@ def test_every_flag_changes_the_result(script, flag, command, tiny_smt, bases, t
     monkeypatch.setattr(trainer.Run, "time_to_evaluate", lambda self: False)
 
     def weights(flags, out_dir):
-        start = "--ckpt {tiny_smt} --span 3 --spans 6 --reuse 1" if script == "dmt" else \
+        start = "--ckpt {tiny_smt} --span 3" if script == "dmt" else \
             "" if "--init" in flags else "{TASK} {SIZES}"
         code, _, err = command(f"{script}.py {start} {{RUN}} --lr 0.02 --warmup 0 --steps 4 "
                                f"{flags} --out_dir {out_dir}", tiny_smt=tiny_smt)
