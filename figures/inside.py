@@ -40,7 +40,8 @@ def classes(lab: Lab, task, n: int) -> list[int]:
 
 def fig14(lab: Lab) -> tuple[str, str]:
     """Memories of three numbers. They are normalised, so they lie on a sphere: a map of it is a
-    picture in two dimensions that leaves nothing out; two numbers would leave a circle."""
+    picture in two dimensions that leaves nothing out; two numbers would leave a circle. What was
+    read grows by a symbol along every line."""
     small = dict(mem_tokens=1, mem_dim=3, rnn="mlp")
     tasks = dict(retrieval=dict(dataset="retrieval", length=16, symbols=3) | small,
                  copy=dict(dataset="copy", length=9, symbols=2) | small)
@@ -53,23 +54,42 @@ def fig14(lab: Lab) -> tuple[str, str]:
                 yield from small_memories(lab, what, dmt.name)
 
     rows = table(lab, measure)
-    fig, axes = style.panels(2, height=3.0, subplot_kw=dict(projection="mollweide"))
+    fig, axes = style.panels(2, height=4.4)
     for ax, what in zip(axes, tasks):
-        # of a string the first two symbols: more colours nobody could tell apart
-        mine = [(str(row["read"])[:2 if what == "copy" else 99], row["longitude"], row["latitude"])
-                for row in rows if row["task"] == what]
-        for i, label in enumerate(sorted({read for read, _, _ in mine})):
-            at = [place for read, *place in mine if read == label]
-            ax.scatter(*zip(*at), s=9, color=style.COLOURS[i % 10], label=label, alpha=0.7)
-        ax.set_title(f"{what}: the RNN's own memories")
-        ax.tick_params(labelbottom=False, labelleft=False)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.5), ncol=5, title="has read")
+        mine = [row for row in rows if row["task"] == what]
+        places = sphere_map([(row["longitude"], row["latitude"]) for row in mine])
+        of = {}
+        for row, place in zip(mine, places):
+            of.setdefault(str(row["read"]), []).append(place)
+        middle = {read: np.mean(at, axis=0) for read, at in of.items()}
+        for read, at in of.items():
+            if what == "copy" and read[:-1] in middle:
+                ax.plot(*zip(middle[read[:-1]], middle[read]), color="0.7", lw=1, zorder=0)
+        for i, read in enumerate(sorted(of, key=lambda read: (len(read), read))):
+            # of a string the first two symbols: more colours nobody could tell apart
+            colour = sorted({r[:2] for r in of}).index(read[:2]) if what == "copy" else i
+            ax.scatter(*zip(*of[read]), s=12, color=style.COLOURS[colour], alpha=0.5, lw=0)
+            if what == "retrieval" or len(read) < 4:
+                ax.annotate(read, middle[read], textcoords="offset points", xytext=(5, 4),
+                            fontsize=9)
+        ax.set(title=f"{what}: what the RNN has read", aspect="equal")
+        ax.axis("off")
     style.save(fig, lab.out("fig14.png"))
     loss = {row["task"]: (row["excess"], row["states"]) for row in rows}
     good = all(excess < 0.05 for excess, _ in loss.values()) and loss["retrieval"][1] < \
         loss["copy"][1]
     return ", ".join(f"{k}: {s} states, {e:.3f} nats over the optimum"
                      for k, (e, s) in loss.items()), "agrees" if good else "open"
+
+
+def sphere_map(places: list[tuple[float, float]]) -> np.ndarray:
+    """Points of a sphere (longitude, latitude) on a flat map (n, 2) that keeps areas: Lambert's,
+    centred on their mean. Only what lies opposite to it is torn apart."""
+    a, b = np.array(places).T
+    v = np.stack([np.cos(b) * np.cos(a), np.cos(b) * np.sin(a), np.sin(b)], axis=1)
+    turn = np.linalg.qr(np.c_[v.mean(0), np.eye(3)[:, :2]])[0]  # the mean becomes the first axis
+    v = v @ (turn * np.sign(v.mean(0) @ turn[:, 0]))
+    return v[:, 1:] * np.sqrt(2 / np.maximum(1 + v[:, :1], 1e-9))
 
 
 @torch.no_grad()
@@ -87,7 +107,7 @@ def small_memories(lab: Lab, what: str, name: str):
                 marker = (x[i, :t] == task.bos - 1).nonzero()
                 read = "abcdefgh"[x[i, marker[0, 0] + 1]] if len(marker) else "no needle"
             else:
-                read = "".join("abcdefgh"[v] for v in x[i, 1:min(t, 3) + 1])
+                read = "".join("abcdefgh"[v] for v in x[i, 1:t + 1])
             a, b, c = m[i, t].tolist()
             yield dict(task=what, t=t, read=read, longitude=math.atan2(b, a),
                        latitude=math.asin(max(-1.0, min(1.0, c))), excess=excess, states=places)
