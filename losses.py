@@ -104,8 +104,9 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     if cfg.futures:
         S = t.shape[1]
         if ends:
-            # The first spans are as good as any: they come in random order.
-            some = torch.arange(len(t), device=m.device)[:cfg.futures] * S + S - 1
+            # evenly: neighbours may be sequences that have come equally far
+            few = min(cfg.futures, len(t))
+            some = torch.arange(few, device=m.device) * len(t) // few * S + S - 1
         else:
             some = on_device(torch.randperm(len(rows), generator=gen)[:cfg.futures], m.device)
         n, now = some // S, t.flatten()[some]

@@ -59,8 +59,9 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     """One run: the method's flags, the updater's networks, its part of the minutes."""
     name = lambda method: f"{race}-{rnn}-{method}-{seed}"
     script = "smt" if method == "smt" else "dmt" if method.startswith("dmt") else "bptt"
-    own = {"dmt-span1": dict(span=1), "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]),
-           "dmt": dict(span=r["span"]), "truncated": dict(truncate=r["span"]),
+    # about as many updates a step, however long a span is
+    own = {"dmt-span1": dict(span=1, batch_size=2048), "dmt": dict(span=r["span"]),
+           "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]), "truncated": dict(truncate=r["span"]),
            "smt+truncated": dict(truncate=r["span"])}.get(method, {})
     follows = script == "dmt" or method.startswith("smt+")
     laptop = r["flags"][script].get("preset", "laptop") == "laptop"

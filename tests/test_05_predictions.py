@@ -49,13 +49,16 @@ def test_futures_against_a_loop():
 
 
 def test_the_last_memories_futures():
-    """With `ends`, as DMT asks, those of the last memory of each row alone are read: the first so
-    many rows, which come in random order."""
-    decoder, m, t, x, y, _ = asked({})
-    cfg = recipe(smt, first=0.0, futures=2, lambda_fut=1.0)
-    got = predictive(decoder, None, m, t, x, y, cfg, gen(), ends=True)
-    last = predictive(decoder, None, m[:2, -1:], t[:2, -1:], x[:2], y[:2], cfg, gen())
-    assert torch.allclose(got["futures"], last["futures"], atol=1e-6)
+    """With `ends`, as DMT asks, those of the last memory of each row alone are read; of few rows,
+    spread evenly."""
+    decoder, *rows, _ = asked({})
+    m, t, x, y = (torch.cat([v, v.flip(0)]) for v in rows)
+    for few, picked in ((2, [0, 3]), (100, range(6))):
+        cfg = recipe(smt, first=0.0, futures=few, lambda_fut=1.0)
+        got = predictive(decoder, None, m, t, x, y, cfg, gen(), ends=True)
+        at = torch.tensor(picked)
+        last = predictive(decoder, None, m[at, -1:], t[at, -1:], x[at], y[at], cfg, gen())
+        assert torch.allclose(got["futures"], last["futures"], atol=1e-6)
 
 
 def test_a_part_of_the_futures_is_drawn_without_replacement():
