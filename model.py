@@ -213,8 +213,9 @@ class Encoder(nn.Module):
 
     bidirectional   the paper's. One time a pass: [x_{t+1-Tc} .. x_t, K learned registers], full
                     attention; the registers' outputs are the memory.
-    causal          a plain causal Transformer over x; the memory at t is K linear projections of
-                    the state of token t. One pass makes the memories of all times.
+    causal          a causal Transformer over x, whose tokens also know the one before; the memory
+                    at t is K linear projections of the state of token t. One pass makes the
+                    memories of all times.
     """
 
     def __init__(self, c: ModelConfig):
@@ -226,6 +227,7 @@ class Encoder(nn.Module):
             self.registers = nn.Parameter(torch.randn(c.mem_tokens, c.d_model))
             self.w_memory = resize(c.d_model, c.mem_dim)
         else:
+            self.w_before = nn.Linear(c.d_model, c.d_model, bias=False)
             self.w_memory = nn.Linear(c.d_model, c.mem_tokens * c.mem_dim, bias=False)
 
     def forward(self, x: Tensor, times: Tensor | None = None) -> Tensor:
@@ -246,6 +248,9 @@ class Encoder(nn.Module):
             "raise --ctx_len"
         when = torch.arange(x.shape[1], device=x.device)
         h = self.event(x, when)
+        # "What followed the marker?" takes attention two layers, and many steps to find; where
+        # tokens know their predecessor, one (retrieval, T = 128: step 200 instead of beyond 500).
+        h = h + self.w_before(torch.cat([h[:, :1], h[:, :-1]], dim=1))
         angles = angles_for(h, self.blocks[0])
         for block in self.blocks:
             h = block(h, angles, causal=True)
@@ -463,7 +468,7 @@ class Heads(nn.Module):
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = 2  # of checkpoints; counted up when older files cannot be used any more
+FORMAT = 3  # of checkpoints; counted up when older files cannot be used any more
 NETWORKS = {"encoder": Encoder, "decoder": Decoder, "rnn": RNN, "heads": Heads}
 # What every checkpoint holds, and what one holds besides that can be resumed.
 HOLDS = dict(format=int, script=str, config=dict, model=dict)

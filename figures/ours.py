@@ -1,5 +1,5 @@
-"""What the paper leaves open: rollouts in parallel, spans between DMT and BPTT, and a table of
-records."""
+"""What the paper leaves open: rollouts in parallel, spans between DMT and BPTT, who needs a clock,
+and a table of records."""
 import os
 
 import torch
@@ -7,7 +7,7 @@ import torch
 from console import fail
 from figures import races, style
 from figures.nets import opened
-from figures.runs import Job, Lab, log, read_csv, scores, table, train
+from figures.runs import Job, Lab, both, log, read_csv, scores, table, train
 
 RNN = "gru"
 
@@ -92,6 +92,48 @@ def spans(lab: Lab) -> tuple[str, str]:
     style.save(fig, lab.out("spans.png"))
     return "nats per image by span: " + ", ".join(f"{r['span']}: {r['nats']:.1f}" for r in mine), \
         "open"
+
+
+def clock(lab: Lab) -> tuple[str, str]:
+    """MNIST 14x14 with timestamps for all networks, for the encoder alone, for none."""
+    jobs, seeds = {}, lab.seeds or ((0,) if lab.quick else (0, 1))
+    few = races.RACES["race14"]["flags"]["smt"]
+    for rnn in lab.few(races.UPDATERS):
+        for told in ("all", "encoder", "none"):
+            for seed in seeds:
+                f = few | dict(rnn=rnn, timestamps=told) | races.NETWORKS[rnn]
+                jobs[rnn, told, seed] = both(f"clock-{told}-{rnn}", f, (0.5, 1.5), seed)
+                if told != "encoder":  # BPTT has none
+                    jobs[rnn, told, seed].append(
+                        Job(f"clock-{told}-{rnn}-bptt-{seed}", "bptt", 2.0, f | dict(seed=seed)))
+
+    def measure():
+        got = scores(lab, train(lab, sum(jobs.values(), [])), 1000)
+        for (rnn, told, seed), runs in jobs.items():
+            for job in runs:
+                if s := got.get(job.name):
+                    yield dict(rnn=rnn, timestamps=told, method=job.script, seed=seed,
+                               nats=s["rollout"], stderr=s["stderr"], drift=s["drift"],
+                               steps=log(lab, job.name)[-1]["step"])
+
+    rows, told = table(lab, measure), ("all", "encoder", "none")
+    means = {}
+    fig, axes = style.panels(3, "who is told the time", "nats per test image", height=3.0,
+                             sharey=True)
+    for ax, rnn in zip(axes, races.UPDATERS):
+        for method in ("smt", "dmt", "bptt"):
+            at = [(told.index(r["timestamps"]), r["nats"]) for r in rows
+                  if (r["rnn"], r["method"]) == (rnn, method)]
+            ax.plot(*zip(*at), **style.of(method) | dict(ls="")) if at else None
+            for i, nats in at:
+                means.setdefault((method, told[i]), []).append(nats)
+        ax.set(title=rnn, xticks=range(3), xlim=(-0.4, 2.4))
+        ax.set_xticklabels(told)
+    axes[0].legend()
+    style.save(fig, lab.out("clock.png"))
+    mean = {k: sum(v) / len(v) for k, v in means.items()}
+    return "mean over updaters, nats per image: " + ", ".join(
+        f"{style.METHODS[m][0]} {t} {v:.1f}" for (m, t), v in mean.items()), "open"
 
 
 # Test nats of binarised 28x28 MNIST, as published; static stochastic binarisation but for the last.

@@ -40,11 +40,14 @@ def test_all_times_at_once_equal_each_prefix_alone(kind):
 
 
 def test_causal_memory_is_a_linear_reading_of_the_token():
-    """A Transformer with a triangular mask, and of the state of token t K linear maps, each
-    normalised."""
+    """A Transformer with a triangular mask, whose tokens are told the one before, and of the state
+    of token t K linear maps, each normalised."""
     encoder, _, _ = networks()
     x, _ = sequences()
-    h = encoder.event(x, torch.arange(T))
+    events = encoder.event(x, torch.arange(T))
+    h = events.clone()
+    for t in range(T):
+        h[:, t] += events[:, max(t - 1, 0)] @ encoder.w_before.weight.T
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     for block in encoder.blocks:
         h = block.mix(h, *block.qkv(h, rope(torch.arange(T), 4)), mask)

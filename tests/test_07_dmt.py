@@ -162,7 +162,8 @@ class Task:
 
 
 def under_way(span=3, horizon=T, tube=math.inf, n=10, seed=0, **changes):
-    encoder, _, rnn = networks()
+    # networks as they were drawn are chaotic: in fp32 last digits grow with every update
+    encoder, _, rnn = (net.double() for net in networks())
     with torch.no_grad():
         rnn.m0.copy_(encoder(torch.full((1, 1), 5))[0, 0])
     cfg, task, g = recipe(dmt, span=span, batch_size=n, **changes), Task(), gen(seed)
@@ -180,7 +181,7 @@ def test_a_walk_is_the_rollout(span):
     new = 0
     for step in range(2 * G + 1):
         own = rnn.memories(walk.x)
-        assert torch.allclose(walk.m, own[rows, walk.t - 1], atol=1e-5)
+        assert torch.allclose(walk.m, own[rows, walk.t - 1], atol=1e-8)
         assert torch.allclose(walk.labels, encoder(walk.x), atol=1e-5)
         made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, g)[1]
         new += dmt.go_on(walk, made, task, encoder, T, math.inf, g)

@@ -53,7 +53,7 @@ BAD = {  # (bytes of a good checkpoint, path of the marker) -> bytes of a bad on
     "a list": lambda good, mark: packed([1, 2, 3]),
     "another project's": lambda good, mark: packed(dict(model=dict(w=torch.zeros(3)), step=3)),
     "an older format": lambda good, mark: changed(good, format=1),
-    "a newer format": lambda good, mark: changed(good, format=3),
+    "a newer format": lambda good, mark: changed(good, format=model.FORMAT + 1),
     "no config": lambda good, mark: changed(good, config=GONE),
     "config of another type": lambda good, mark: changed(good, config=[1]),
     "empty config": lambda good, mark: changed(good, config={}),
