@@ -30,7 +30,7 @@ PRESETS["laptop"] = {
 
     # the optimiser       SMT           DMT           BPTT
     "optimizer": "muon",
-    "lr":                (5e-3,         4e-3,         1e-2),
+    "lr":                (5e-3,         2e-3,         5e-3),
     "warmup":            (50,           30,           50),
     "decay": 0.05,
     "ema": 0.99,
@@ -40,14 +40,14 @@ PRESETS["laptop"] = {
     "lambda_dec":        (1.0,          1.0,          _),
     "lambda_dyn":        (0.3,          _,            _),
     "lambda_unif":       (0.001,        _,            _),
-    "lambda_mse":        (_,            0.03,         _),
+    "lambda_mse":        (_,            0.01,         _),
     "detach_rnn":        (False,        _,            _),
     "detach_dec":        (_,            False,        _),
     "times":             (0,            _,            _),
     "rnn_batch":         (3,            _,            _),
     "rnn_from":          (0.5,          _,            _),
     "decode_own":        (True,         _,            _),
-    "first":             (0.25,         0.25,         _),
+    "first":             (0.25,         0.15,         _),
     "futures":           (48,           128,          _),
     "lambda_fut":        (0.25,         1.75,         _),  # DMT: 28 futures to 16 updates
     "horizon":           (0,            1_000_000,    _),  # DMT: whole rollouts from the start
@@ -164,6 +164,7 @@ KINDS["laptop", "synthetic"] = {
     "minutes":           (6.0,          4.0,          10.0),
     "batch_size":        (64,           _,            64),
     "lr":                (_,            _,            2e-3),
+    "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
     "futures":           (32,           32,           _),
     # a symbol that the RNN has lost cannot be asked for: short rollouts first, near the labels
@@ -187,6 +188,9 @@ KINDS["paper", "synthetic"] = {  # here the paper trains all memories of a seque
 
 # MLP and GRU read the memory as one vector; one matrix from it to itself would have 17 million
 # entries. With these widths all updaters have about the same number of parameters.
+KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
+    "lr":                (_,            1e-3,         2.5e-3),
+}
 KINDS["gpu", "mlp"] = {
     "mem_dim": 52,
     "rnn_layers": 2,

@@ -101,7 +101,7 @@ def needle_held(lab: Lab, name: str, n: int = 1500) -> list[float]:
 
 # ----------------------------------------------------------------------------------------- Fig. 11
 
-B, SCALES = 16, (0.5, 1.0, 2.0)
+B, SCALES = 16, (0.5, 1.0, 2.0, 4.0)
 
 
 def lengths(grads: list[torch.Tensor]) -> list[float]:

@@ -36,10 +36,10 @@ RACES = {
         dmt=dict(preset="gpu", batch_size=128),  # spans of 64 updates each
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
-# At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT: weights
-# are there, a large rate would destroy them.
+# At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT, half of
+# what it starts with elsewhere: weights are there, a large rate would destroy them.
 NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
-AFTER_SMT = dict(lr=4e-3)
+AFTER_SMT = dict(transformer=2.5e-3, mlp=1.2e-3, gru=2.5e-3)
 EXTRA = "dmt-span1", "dmt-mse0", "truncated", "smt+truncated", "smt+bptt"
 
 
@@ -69,7 +69,7 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
         task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
         own = task | dict(rnn=rnn) | (NETWORKS[rnn] if laptop else {}) | own
     elif laptop and script == "bptt":
-        own = AFTER_SMT | own
+        own = dict(lr=AFTER_SMT[rnn]) | own
     share = SMT_SHARE if method == "smt" else 1 - SMT_SHARE if follows else 1
     return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
                dict(seed=seed), name("smt") if follows else "")
