@@ -157,11 +157,13 @@ def finished(lab: Lab, job: Job, jobs: dict) -> bool:
 
 
 def commit() -> str:
-    """Of this project, "unknown" without git."""
+    """Of this project, with "-dirty" where files differ from it that are no results (those change
+    while figures are made); "unknown" without git."""
+    git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
     with contextlib.suppress(OSError):
-        said = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"],
-                              capture_output=True, text=True)
-        return said.stdout.strip() or "unknown"
+        changed = git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode
+        if said := git("rev-parse", "--short", "HEAD").stdout.strip():
+            return said + "-dirty" * bool(changed)
     return "unknown"
 
 
