@@ -90,7 +90,6 @@ HELP = {
     "gamma": "factor on a symbol's weight for each step of its age, or position",
 }
 TEXTS = ("tinystories", "shakespeare", "pydoc", "text")
-TRACKING = ("stack", "parity", "permutation")  # of the synthetic tasks: targets all the way
 SYNTHETIC = ("retrieval", "copy", "stack", "recall", "modular", "parity", "permutation", "recency",
              "primacy")
 READS = ("mnist", "sketchy", "images", "tinystories", "shakespeare")  # files in data_dir

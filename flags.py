@@ -101,8 +101,6 @@ class Config(Options):
 
 def kinds(dataset: str, rnn: str = "") -> tuple:
     """The names under which presets.KINDS knows a dataset and an updater."""
-    if dataset in datasets.TRACKING:
-        return "synthetic", "tracking", rnn
     return ("synthetic", rnn) if dataset in datasets.SYNTHETIC else \
         ("text", rnn) if dataset in datasets.TEXTS else (dataset, rnn)
 

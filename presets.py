@@ -137,8 +137,7 @@ PRESETS["paper"] = {
     "ckpt_every": 1000,
 }
 
-# What differs for a dataset, or for "text", "synthetic" and, of the synthetic tasks, "tracking"; or
-# for an updater.
+# What differs for a dataset, or for "text" or "synthetic" ones; or for an updater.
 # From top to bottom; "any" stands for every preset.
 KINDS = {}
 KINDS["laptop", "mnist"] = {
