@@ -12,6 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = str(ROOT), str(ROOT / "results" / "yardstick")
 torch.set_num_threads(1)
+# A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import console  # noqa: E402
 from sources import files  # noqa: E402
