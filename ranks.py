@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,15 @@ def join(device: str) -> str:
         torch.cuda.set_device(device)
     if not dist.is_initialized():  # gloo for what is on the CPU, NCCL for GPUs
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others wait for evaluations
-        atexit.register(dist.destroy_process_group)  # else its threads may outlive what they use
+        atexit.register(leave)
     return device
+
+
+def leave() -> None:
+    """End with no thread of torch.distributed alive. One that still lets go of its last tensor waits
+    for Python's lock, and would abort the process if Python ended now: it gets the time to do so."""
+    time.sleep(.2)
+    dist.destroy_process_group()
 
 
 def share(cfg):
