@@ -36,8 +36,8 @@ def join(device: str) -> str:
 
 
 def leave() -> None:
-    """End with no thread of torch.distributed alive. One that still lets go of its last tensor waits
-    for Python's lock, and would abort the process if Python ended now: it gets the time to do so."""
+    """End with no thread of torch.distributed alive. One that still lets go of its last tensor
+    waits for Python's lock, and would abort the process if Python ended now: time for it to."""
     time.sleep(.2)
     dist.destroy_process_group()
 
