@@ -74,6 +74,8 @@ FIGURES = {
               "14×14, GRU, DMT with spans 1 to T after one SMT", ours.spans),
     "clock": ("not in the paper: who must be told the time?",
               "14×14, timestamps for all, for the encoder, for none; 2 minutes a run", ours.clock),
+    "tasks": ("not in the paper, or only its code: tasks that Figure 3 leaves out",
+              "recency, primacy and three more, GRU, equal minutes", tasks.others),
     "race14": ("MNIST 14×14: SMT → DMT predicts better than BPTT",
                "three updaters, every method, 6 minutes a run", races.race),
     "race28": ("MNIST 28×28, T = 784: SMT → DMT predicts better than BPTT",

@@ -1,4 +1,6 @@
-"""Figures 3 and 13: the synthetic tasks."""
+"""Figures 3 and 13, and a table of the rest: the synthetic tasks."""
+import numpy as np
+
 from figures import style
 from figures.runs import Job, Lab, both, scores, table, train
 
@@ -13,27 +15,46 @@ TASKS = {
 }
 AXES = dict(length="T", keys="pairs", examples="examples", depth="depth")
 
+OTHERS = {
+    "recency": dict(dataset="recency"),
+    "primacy": dict(dataset="primacy"),
+    "recall, all pairs": dict(dataset="recall", variant="ours", keys=8),
+    "retrieval, noise 0.3": dict(dataset="retrieval", length=32, noise=0.3),
+    "permutation": dict(dataset="permutation", length=32),
+}
+
+
+def three(name: str, flags: dict, seed: int) -> list[Job]:
+    """SMT, DMT and BPTT, with equal minutes for BPTT and the other two together."""
+    flags = flags | UPDATER
+    return both(name, flags, (1.5, 1.5), seed) + \
+        [Job(f"{name}-bptt-{seed}", "bptt", 3.0, flags | dict(seed=seed))]
+
+
+def compared(lab: Lab, jobs: dict):
+    """Trains {key: three(..)} and yields (key, a row of numbers) for each run that has finished."""
+    got = scores(lab, train(lab, sum(jobs.values(), [])), 1000)
+    for key, runs in jobs.items():
+        for job, method in zip(runs, ("smt", "dmt", "bptt")):
+            if s := got.get(job.name):
+                yield key, dict(method=method, excess=s["excess"], stderr=s["stderr"],
+                                late_excess=(s["late_excess"] or {}).get("rollout"),
+                                teacher=s["excess_all"]["teacher"],
+                                accuracy=(s["accuracy"] or {}).get("rollout"), bayes=s["bayes"])
+
 
 def fig3(lab: Lab) -> tuple[str, str]:
     """Nats over the Bayes optimum on five tasks at three difficulties each, equal minutes."""
-    jobs, seeds = {}, lab.seeds or ((0,) if lab.quick else (0, 1))
+    jobs = {}
     for task, (axis, values, rest) in TASKS.items():
         for value in lab.few(values):
-            for seed in seeds:
-                f = dict(dataset=task) | {axis: value} | rest | UPDATER
-                name = f"{task}-{value}"
-                jobs[task, value, seed] = both(name, f, (1.5, 1.5), seed) + \
-                    [Job(f"{name}-bptt-{seed}", "bptt", 3.0, f | dict(seed=seed))]
+            for seed in lab.seeds or ((0,) if lab.quick else (0, 1)):
+                jobs[task, value, seed] = three(f"{task}-{value}",
+                                                dict(dataset=task) | {axis: value} | rest, seed)
 
     def measure():
-        done = train(lab, sum(jobs.values(), []))
-        got = scores(lab, done, 1000)
-        for (task, value, seed), three in jobs.items():
-            for job, method in zip(three, ("smt", "dmt", "bptt")):
-                if s := got.get(job.name):
-                    yield dict(task=task, value=value, seed=seed, method=method,
-                               excess=s["excess"], teacher=s["excess_all"]["teacher"],
-                               accuracy=s["accuracy"]["rollout"], bayes=s["bayes"])
+        for (task, value, seed), row in compared(lab, jobs):
+            yield dict(task=task, value=value, seed=seed) | row
 
     rows = table(lab, measure)
     fig, axes = style.panels(5, rows=1, y="nats over the Bayes optimum", height=3.4)
@@ -91,3 +112,29 @@ def fig13(lab: Lab) -> tuple[str, str]:
         f"{rows[-1]['rollout']:.3f} nats, teacher {rows[0]['teacher']:.3f} to " \
         f"{rows[-1]['teacher']:.3f}", \
         "agrees" if grows["teacher"] > 2 * grows["rollout"] and grows["rollout"] < 2 else "open"
+
+
+def others(lab: Lab) -> tuple[str, str]:
+    """Nats over the Bayes optimum on tasks that are not in Figure 3, as there."""
+    jobs = {(task, seed): three(task.replace(", ", "-").replace(" ", "-"), flags, seed)
+            for task, flags in OTHERS.items() for seed in lab.seeds or (0,)}
+
+    def measure():
+        for (task, seed), row in compared(lab, jobs):
+            yield dict(task=task, seed=seed) | row
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, y="nats over the Bayes optimum", height=3.6)
+    for method in ("bptt", "teacher", "dmt"):
+        key, source = ("teacher", "dmt") if method == "teacher" else ("excess", method)
+        at = [(list(OTHERS).index(r["task"]), max(r[key], 1e-6)) for r in rows
+              if r["method"] == source]
+        axes[0].plot(*zip(*at), **style.of(method) | dict(ls=""))
+    axes[0].set(yscale="log", ylim=(5e-7, 10), xlim=(-0.5, len(OTHERS) - 0.5))
+    axes[0].set_xticks(range(len(OTHERS)), labels=OTHERS)
+    axes[0].legend()
+    style.save(fig, lab.out("tasks.png"))
+    mean = lambda *of: np.mean([r["excess"] for r in rows if (r["task"], r["method"]) == of])
+    wins = [task for task in OTHERS if mean(task, "dmt") < mean(task, "bptt")]
+    return f"SMT → DMT is nearer to the optimum than BPTT on {len(wins)} of {len(OTHERS)}: " \
+        f"{'; '.join(wins) or 'none'}", "open"

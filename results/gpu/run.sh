@@ -1,46 +1,58 @@
 #!/usr/bin/env bash
 # Half an hour or more on one CUDA GPU, in calls of at most ten minutes. From the project's root:
 #
-#     bash results/gpu/run.sh measure | bench | mnist | mnist-bptt | mnist-gru | tasks [NAME ..] | text | sketchy
+#     bash results/gpu/run.sh STAGE
 #
-# "measure" comes first: step times, kernels and peak memory of every script. It stops where a guess was wrong. Each stage
-# fits half an hour; "tasks" takes 13 minutes a task, so give it two names at a time.
+# STAGE: measure, bench, mnist, mnist-bptt, mnist-gru, tasks [NAME ..], text or sketchy. "measure"
+# comes first: step times, kernels and peak memory of every script; it stops where a guess was
+# wrong. Each stage fits half an hour; "tasks" takes 13 minutes a task, so give it two at a time.
 #
-# A stage that was cut off goes on where it stopped when it is called again, and prints its tables at the end. Weights that
-# may be kept are written in half precision. Settings, all from the environment:
+# A stage that was cut off goes on where it stopped when it is called again, and prints its tables
+# at the end. Weights that may be kept are written in half precision. From the environment:
 #
-#     OUT=runs/gpu   where everything goes        CALL=9    minutes after which a run stops itself and can be resumed
-#     SCALE=1        factor on all minutes        FLAGS=""  added to new runs of smt.py and bptt.py
-#     BENCH="--preset gpu"   flags of bench.py          N=     test sequences, instead of each stage's own number
-#     MEASURE="--device cuda"  flags of count.py
+#     OUT=runs/gpu           where everything goes
+#     CALL=9                 minutes after which a run stops itself and can be resumed
+#     SCALE=1                factor on all minutes
+#     FLAGS=""               added to new runs of smt.py and bptt.py
+#     BENCH="--preset gpu"   flags of bench.py
+#     N=                     test sequences, instead of each stage's own number
+#     MEASURE="--device cuda"    flags of count.py
 #
-# SCALE=0.005 N=5 MEASURE="--device cpu --preset laptop --size 8 --guess 0" FLAGS="--preset laptop --d_model 16 --n_val 5 --eval_every 0" tries a stage on a CPU in a minute.
+# A stage in a minute, on a CPU:
+#
+#     export SCALE=0.005 N=5 FLAGS="--preset laptop --d_model 16 --n_val 5 --eval_every 0"
+#     export MEASURE="--device cpu --preset laptop --size 8 --guess 0"
 set -eu -o pipefail
 OUT=${OUT:-runs/gpu} CALL=${CALL:-9} SCALE=${SCALE:-1} FLAGS=${FLAGS:-}
 began=$SECONDS
 
 minutes() { awk "BEGIN { print $1 * $SCALE }"; }
 
-# train NAME SCRIPT MINUTES FLAGS..: start the run, or resume it; gives up for now when the call's time is over
+# train NAME SCRIPT MINUTES FLAGS..: start the run, or resume it; gives up for now when the call's
+# time is over
 train() {
     local name=$1 script=$2 budget extra=$FLAGS; budget=$(minutes "$3"); shift 3
     [ "$script" != dmt ] || extra=  # has its networks and preset from the checkpoint
-    local left; left=$(awk "BEGIN { l = $CALL - ($SECONDS - $began) / 60; print (l > 0.1) ? l : 0 }")
-    [ "$left" != 0 ] || { echo "the call's $CALL minutes are over before $name; call the stage again"; exit 0; }
+    local left=$(awk "BEGIN { l = $CALL - ($SECONDS - $began) / 60; print (l > 0.1) ? l : 0 }")
+    [ "$left" != 0 ] || {
+        echo "the call's $CALL minutes are over before $name; call the stage again"; exit 0; }
     if [ -e "$OUT/$name/finished" ]; then return; fi
     if [ -e "$OUT/$name/ckpt.pt" ]; then
         python "$script.py" --out_dir "$OUT/$name" --resume --stop_after "$left"
     else
-        python "$script.py" "$@" --minutes "$budget" --out_dir "$OUT/$name" --stop_after "$left" $extra
+        python "$script.py" "$@" --minutes "$budget" --out_dir "$OUT/$name" $extra \
+            --stop_after "$left"
     fi | tee -a "$OUT/$name.log"
-    grep -q "^done:" "$OUT/$name.log" || { echo "$name is not done; call the stage again"; exit 0; }
+    grep -q "^done:" "$OUT/$name.log" || {
+        echo "$name is not done; call the stage again"; exit 0; }
     touch "$OUT/$name/finished"
 }
 
 # table NAME SEQUENCES: what a run came to, evaluated once; 10,000 pictures take some five minutes
 table() {
     if [ ! -e "$OUT/$1.txt" ]; then
-        [ $((SECONDS - began)) -lt 240 ] || { echo "too late in this call for $1's table; call the stage again"; exit 0; }
+        [ $((SECONDS - began)) -lt 240 ] || {
+            echo "too late in this call for $1's table; call the stage again"; exit 0; }
         python evaluate.py --ckpt "$OUT/$1/ckpt.pt" --n_test "${N:-$2}" > "$OUT/$1.part"
         mv "$OUT/$1.part" "$OUT/$1.txt"
     fi
@@ -96,11 +108,12 @@ text)
     train text-smt smt 12 --dataset tinystories --length 256
     train text-dmt dmt 6 --ckpt "$OUT/text-smt/ckpt.pt"
     table text-dmt 1000
-    python sample.py --ckpt "$OUT/text-dmt/ckpt.pt" --prompt "Once upon a time" --chars 500 --temperature 0.7 | tee "$OUT/text-dmt/story.txt" ;;
+    python sample.py --ckpt "$OUT/text-dmt/ckpt.pt" --prompt "Once upon a time" --chars 500 \
+        --temperature 0.7 | tee "$OUT/text-dmt/story.txt" ;;
 sketchy)
     train sketchy-smt smt 12 --dataset sketchy --image_size 64
     train sketchy-dmt dmt 6 --ckpt "$OUT/sketchy-smt/ckpt.pt"
     table sketchy-dmt 300 ;;
 *)
-    sed -n '2,17p' "$0"; exit 2 ;;
+    sed -n '2,24p' "$0"; exit 2 ;;
 esac
