@@ -227,7 +227,7 @@ def teacher_and_rnn(ckpt: dict, device: str) -> tuple[dict, list]:
 def main(argv) -> None:
     cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
     demand_teacher(ckpt)
-    cfg.shortest = cfg.shortest and 0  # they go on side by side: all have the full length
+    cfg.shortest = None if cfg.shortest is None else 0  # they go on side by side: all have the full length
     device, task = trainer.setup(cfg, ckpt)
     nets, trained = teacher_and_rnn(ckpt, device)
     encoder, decoder, rnn, heads = (nets.get(k) for k in ("encoder", "decoder", "rnn", "heads"))
@@ -261,13 +261,14 @@ def main(argv) -> None:
 
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
+                # before report(), which saves when it is the first to write over an old run
+                run.kept = {} if cfg.spans or ranks.WORLD > 1 else kept(walk)
                 if run.time_to_evaluate():
                     got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16,
                                    fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():
-                    run.kept = {} if cfg.spans or ranks.WORLD > 1 else kept(walk)
                     run.save()
     run.finish("evaluate.py", "sample.py")
 

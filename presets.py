@@ -140,6 +140,9 @@ PRESETS["paper"] = {
 # What differs for a dataset, or for "text" or "synthetic" ones; or for an updater.
 # From top to bottom; "any" stands for every preset.
 KINDS = {}
+KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
+    "lr":                (_,            1e-3,         2.5e-3),
+}
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
     "minutes":           (2.5,          17.5,         20.0),
@@ -187,9 +190,6 @@ KINDS["paper", "synthetic"] = {  # here the paper trains all memories of a seque
 
 # MLP and GRU read the memory as one vector; one matrix from it to itself would have 17 million
 # entries. With these widths all updaters have about the same number of parameters.
-KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
-    "lr":                (_,            1e-3,         2.5e-3),
-}
 KINDS["gpu", "mlp"] = {
     "mem_dim": 52,
     "rnn_layers": 2,

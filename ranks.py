@@ -16,11 +16,21 @@ import torch.distributed as dist
 
 from console import fail
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def number_of(name: str, default: int) -> int:
+    """A number that torchrun leaves in the environment."""
+    text = os.environ.get(name, str(default))
+    return int(text) if text.isascii() and text.isdigit() else -1  # join() says so
+
+
+RANK, WORLD = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
 
 
 def join(device: str) -> str:
-    """Meet the other ranks; the device of this one."""
+    """Meet the other ranks; the device of this one. Raises UserError."""
+    if not 0 <= RANK < WORLD or WORLD > 1 and "MASTER_ADDR" not in os.environ:
+        fail("the environment's RANK, WORLD_SIZE or MASTER_ADDR are not those of torchrun; unset "
+             "RANK and WORLD_SIZE, or start with torchrun")
     if WORLD == 1:
         return device
     if device == "cuda":

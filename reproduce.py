@@ -125,7 +125,8 @@ def make(lab: Lab, name: str) -> None:
     """One figure: runs, numbers, picture, and its row among the results. Raises UserError,
     Stopped."""
     claim, _, function = FIGURES[name]
-    lab = dataclasses.replace(lab, name=name, place=PLACES.get(name, ""), used=[])
+    lab = dataclasses.replace(lab, name=name, place=PLACES.get(name, ""), used=[],
+                              partial=function is races.race)
     began = time.time()
     found, verdict = function(lab)
     say(f"{name} | {verdict}: {found} | {lab.out('')}")
@@ -210,8 +211,9 @@ def read_flags(argv):
     p.add_argument("--n_test", type=int, default=0,
                    help="test sequences; 0 = a figure's own number (default: %(default)s)")
     p.add_argument("--only", default="",
-                   help="only runs whose name contains this, and what they start from "
-                        "(default: all)")
+                   help="make only runs whose name contains this, and what they start "
+                        "from; races are drawn from some, figures when all are there (default: "
+                        "all)")
     p.add_argument("--stop_after", type=float, default=0.0,
                    help="end after so many minutes; runs are saved (default: never)")
     a = p.parse_args(argv)

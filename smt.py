@@ -10,6 +10,7 @@ crosses one update at most. Writes runs/smt-<dataset>.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +68,11 @@ def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
     lower when spread."""
     m = m.flatten(0, -2)
     # 262,144 pairs; all 1,536 tokens of a laptop's step have 2.4 million, and GPU steps far more
-    pick = on_device(torch.randint(len(m), (min(most, len(m)),), generator=gen), m.device)
+    pick = on_device(torch.randperm(len(m), generator=gen)[:most], m.device)
     unit = F.normalize(m[pick].float(), dim=-1)
-    same = pick[:, None] == pick  # the same token twice is no pair
     with fp32(m.device):  # close tokens differ in digits that bf16 does not have
-        distance = (2 - 2 * unit @ unit.T).masked_fill(same, torch.inf)
-    return torch.logsumexp(-2 * distance.flatten(), 0) - (~same).sum().clamp(min=1).log()
+        distance = (2 - 2 * unit @ unit.T).fill_diagonal_(torch.inf)  # a token alone is no pair
+    return torch.logsumexp(-2 * distance.flatten(), 0) - math.log(max(1, len(unit) * (len(unit) - 1)))
 
 
 def on_policy(rnn: RNN, label: Tensor, x: Tensor, times: Tensor, horizon: int,

@@ -2,6 +2,7 @@
 import os
 import resource
 import time
+from dataclasses import asdict
 
 import torch
 
@@ -18,8 +19,8 @@ WAYS = {  # name -> (script, flags, style)
     "SMT, as the paper": ("smt", dict(
         encoder="bidirectional", ctx_len=64, fut_len=16, times=2, rnn_batch=0, rnn_from=0.0,
         decode_own=False, horizon=1, heads=0, first=0.0, futures=12), "teacher"),
-    "SMT, all times": ("smt", dict(horizon=1), "smt"),
-    "SMT, on-policy too": ("smt", {}, "dmt-span1"),
+    "SMT, all times": ("smt", dict(rnn_from=0.0, horizon=1), "smt"),
+    "SMT, on-policy too": ("smt", dict(rnn_from=0.0), "dmt-span1"),
     "DMT": ("dmt", {}, "dmt"),
     "BPTT": ("bptt", {}, "bptt"),
 }
@@ -97,15 +98,16 @@ def training_step(lab: Lab, name: str, T: int) -> dict:
     else:
         toy = dict(d_model=16, n_heads=2) if lab.quick else {}
         job.flags |= dict(dataset="pydoc", length=T) | toy
-    if known := not lab.quick and stored(lab, job.name, "step.json"):
-        return known  # measured before the table was cut off
+    known = not lab.quick and stored(lab, job.name, "step.json")
+    if known and known["job"] == asdict(job):
+        return known["step"]  # measured before the table was cut off
     os.makedirs(lab.folder(job.name), exist_ok=True)
     said = os.path.join(lab.folder(job.name), "out.txt")
     if lab.quick:
         call(lab, script, argv_of(lab, job, False), said)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     else:
-        process = launch(script, argv_of(lab, job, False), said)
+        process = launch(lab, script, argv_of(lab, job, False), said)
         _, code, usage = os.wait4(process.pid, 0)   # the only way to ask for one child's memory
         if code:
             fail(f"{job.name}: {last_line(said)}")
@@ -114,7 +116,7 @@ def training_step(lab: Lab, name: str, T: int) -> dict:
     rows = log(lab, job.name)
     step = dict(ms=1e3 * (rows[-1]["seconds"] - rows[-2]["seconds"]), mib=peak / 1024,
                 layers=rows[-1]["layers"] - rows[-2]["layers"])
-    store(lab, job.name, "step.json", step)
+    store(lab, job.name, "step.json", dict(job=asdict(job), step=step))
     return step
 
 

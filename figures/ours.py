@@ -63,7 +63,8 @@ def spans(lab: Lab) -> tuple[str, str]:
     smt = next(job for job in jobs if job.script == "smt")
     left = races.RACES["race14"]["minutes"] - smt.minutes
     curve = {s: Job(f"spans-{RNN}-{s}-0", "dmt", left,
-                    dict(span=s, batch_size=max(1, 2048 // s), n_val=100, seed=0), smt.name)
+                    dict(span=s, batch_size=max(1, 2048 // s), lambda_fut=28 / s,
+                         futures=min(512, max(1, 2048 // s)), n_val=100, seed=0), smt.name)
              for s in lab.few((1, 2, 4, 8, 16, 32, 64, 128, 195), 2)}
 
     def measure():
@@ -102,8 +103,9 @@ def clock(lab: Lab) -> tuple[str, str]:
         for told in ("all", "encoder", "none"):
             for seed in seeds:
                 f = few | dict(rnn=rnn, timestamps=told) | races.NETWORKS[rnn]
-                jobs[rnn, told, seed] = both(f"clock-{told}-{rnn}", f, (0.5, 1.5), seed)
-                if told != "encoder":  # BPTT has none
+                jobs[rnn, told, seed] = both(f"clock-{told}-{rnn}", f, (0.5, 1.5), seed,
+                                            dmt=dict(n_val=few["n_val"]))
+                if told != "encoder":  # BPTT has no encoder
                     jobs[rnn, told, seed].append(
                         Job(f"clock-{told}-{rnn}-bptt-{seed}", "bptt", 2.0, f | dict(seed=seed)))
 

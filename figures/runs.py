@@ -6,9 +6,9 @@
     rows = table(lab, measure)              # measure() yields dicts; with --draw the CSV is read
 
 A run lives in runs/reproduce/NAME. job.json there says what it is, so a run that was cut off goes
-on, a finished one is used again, by other figures too, and one whose settings have changed is made
-anew (not when a preset has: then delete its folder). Runs are processes of their own, some at a
-time; with --quick they are function calls at toy size.
+on, a finished one is used again, by other figures too, and one whose settings have changed, or the
+preset's, is made anew. Runs are processes of their own, some at a time; with --quick they are
+function calls at toy size.
 """
 import contextlib
 import csv
@@ -20,7 +20,9 @@ import time
 from dataclasses import asdict, dataclass, field
 
 import data
+import presets
 from console import fail
+from flags import kinds
 from sources.files import written_whole
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -60,7 +62,8 @@ class Lab:
     together: int = 2          # runs at a time, one thread each
     seeds: tuple = ()          # instead of a figure's own
     n_test: int = 0            # instead of a figure's own
-    only: str = ""             # leave out runs whose name does not contain this
+    only: str = ""             # make only runs whose name contains this
+    partial: bool = False      # the figure at hand may be drawn from some of its runs
     stop_at: float = float("inf")
     used: list = field(default_factory=list)
 
@@ -135,9 +138,12 @@ def argv_of(lab: Lab, job: Job, resume: bool) -> list[str]:
 
 
 def record(lab: Lab, job: Job, jobs: dict) -> dict:
-    """What makes this run what it is, the runs before it included."""
-    before = jobs.get(job.after)
-    return asdict(job) | dict(toy=lab.quick, before=record(lab, before, jobs) if before else None)
+    """What makes this run what it is: the presets' part, and the runs before it, included."""
+    before = record(lab, jobs[job.after], jobs) if job.after in jobs else None
+    task = before["task"] if before else [job.flags.get(k, "") for k in ("dataset", "rnn")]
+    recipe = {} if job.script == "evaluate" else presets.recipe(
+        job.script, job.flags.get("preset", "laptop"), kinds(*task))
+    return asdict(job) | dict(toy=lab.quick, before=before, task=task, recipe=recipe)
 
 
 def stored(lab: Lab, name: str, file: str) -> dict | None:
@@ -172,9 +178,12 @@ def commit() -> str:
 def train(lab: Lab, jobs: list[Job]) -> list[str]:
     """Make the runs that are not there yet -> names of those that are finished, in order. Raises
     DataError where a dataset is missing, Planned if nothing shall run."""
-    jobs = [toy(job) for job in jobs] if lab.quick else list(jobs)
+    jobs = every = [toy(job) for job in jobs] if lab.quick else list(jobs)
     if lab.only:
         jobs = with_what_they_need(jobs, lab.only)
+        if not jobs:
+            fail(f"--only {lab.only}: no run of {lab.name} has that in its name; give a part of "
+                 f"{every[0].name}, for example")
     if lab.plan:
         raise Planned(jobs)
     known = {job.name: job for job in jobs}
@@ -182,7 +191,7 @@ def train(lab: Lab, jobs: list[Job]) -> list[str]:
         options = {k: v for k, v in dataset.flags.items() if k in
                    data.OPTIONS[dataset.flags["dataset"]]}
         data.load(dataset.flags["dataset"], lab.data_dir, **options)  # missing: say so before
-    todo = [job for job in jobs if not finished(lab, job, known)]
+    todo, began = [job for job in jobs if not finished(lab, job, known)], {}
 
     def start(job: Job):
         mine = record(lab, job, known)
@@ -190,17 +199,21 @@ def train(lab: Lab, jobs: list[Job]) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(lab.folder(job.name), "finished.json"))
         store(lab, job.name, "job.json", mine)
+        began[job.name] = commit()  # files may change while it runs
         return job.script, argv_of(lab, job, resume), os.path.join(lab.folder(job.name), "out.txt")
 
     def end(job: Job) -> None:
-        store(lab, job.name, "finished.json", dict(commit=commit()))
+        store(lab, job.name, "finished.json", dict(commit=began[job.name]))
 
     work(lab, todo, start, end)
-    done = [job for job in jobs if finished(lab, job, known)]
+    done = [job for job in every if finished(lab, job, {j.name: j for j in every})]
     lab.used = [*{job.name: job for job in [*lab.used, *done]}.values()]
     if jobs and not done:
         fail(f"{lab.name}: none of its runs has finished; their last words are in "
              f"{os.path.join(lab.runs, '*', 'out.txt')}")
+    if lab.only and len(done) < len(every) and not lab.partial:
+        fail(f"--only {lab.only}: {len(done)} of {len(every)} runs are there now, and {lab.name} "
+             "needs all; leave --only out")
     return [job.name for job in done]
 
 
@@ -358,5 +371,9 @@ def table(lab: Lab, measure, name: str = "") -> list[dict]:
     read again, so that both draw the same picture."""
     path = lab.out(f"{name or lab.name}.csv")
     if not lab.draw:
-        write_csv(path, [dict(row) for row in measure()])
+        rows = [dict(row) for row in measure()]
+        if not rows:  # or good numbers would be overwritten with none
+            fail(f"{lab.name}: nothing was measured; the last words of its runs are in "
+                 f"{os.path.join(lab.runs, '*', 'out.txt')}")
+        write_csv(path, rows)
     return read_csv(path)

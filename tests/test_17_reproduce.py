@@ -2,6 +2,7 @@
 were cut off, and a picture can be drawn again from its numbers alone."""
 import dataclasses
 import os
+import shutil
 
 import pytest
 import tiny
@@ -61,6 +62,27 @@ def test_mistakes_are_one_line(command):
                         ("race14 --together 0", "--together")):
         code, out, err = command(f"reproduce.py {line}")
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and named in err
+
+
+def test_committed_numbers_can_be_drawn(command, tmp_path):
+    """Every figure whose CSV is committed draws it, without a run."""
+    names = [name for name in reproduce.FIGURES if os.path.exists(os.path.join(
+        Lab.results, reproduce.PLACES.get(name, name), f"{name}.csv"))]
+    shutil.copytree(Lab.results, tmp_path / "results")
+    code, out, err = command(f"reproduce.py {' '.join(names)} --draw "
+                             f"--results_dir {tmp_path}/results --runs_dir {tmp_path}/none")
+    assert names and code == 0, out + err
+
+
+def test_only_makes_no_half_figure(command, tmp_path, folders, no_other_pictures):
+    """--only that fits no run, or not all that a figure needs, leaves the numbers as they are."""
+    where = f"--quick --device cpu --runs_dir {tmp_path}/runs --results_dir {tmp_path}/results"
+    for part, said in (("typo", "no run of fig13"), ("-smt-", "1 of 2 runs")):
+        code, out, err = command(f"reproduce.py fig13 {where} --only {part}")
+        assert code == 2 and said in out and len(err.splitlines()) == 1
+        assert not os.path.exists(tmp_path / "results" / "fig13" / "fig13.csv")
+    code, *_ = command(f"reproduce.py fig13 {where} --only -dmt-")  # with what it starts from: all
+    assert code == 0
 
 
 def test_missing_data_skips_the_figure_alone(command, folders, tmp_path, monkeypatch,
