@@ -21,6 +21,8 @@ def excepthook(kind, *error):
 
 sys.excepthook = excepthook
 
+# torch imports numpy from C, which would swallow Ctrl-C: it comes first, by itself
+import numpy  # noqa: E402, F401
 import torch  # noqa: E402
 
 from model import CheckpointError  # noqa: E402
@@ -82,8 +84,12 @@ def hush() -> None:
 
 def cli(main) -> None:
     """Run main(argv); turn what the user can mend into one line on stderr and exit code 2."""
+    # closed by whoever called: the next file opened would have its number, and get what is printed
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(null)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever called
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a pipe that knows fewer characters than a text

@@ -219,7 +219,9 @@ def losses(task: Data, held: dict, scores: dict[str, Score], alone: str) -> dict
         bits_per_pixel=nats / (task.T * math.log(2)) if task.image else None,
         bits_per_char=nats / math.log(2) if text else None,
         late=each("late") if apart else None,
-        late_excess=each("late_excess") if apart and known else None, late_from=task.late_from)
+        late_excess=each("late_excess") if apart and known else None, late_from=task.late_from,
+        # of every sequence, in order: two checkpoints are compared by their differences
+        nats_each=[round(v, 4) for v in torch.cat(scores[alone].nats).tolist()])
 
 
 def summary(result: dict) -> dict:

@@ -138,9 +138,12 @@ def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
         ckpt = stored_run(script, Flags, out_dir, given, fields)
         values = ckpt["config"] | dict(overwrite=False, stop_after=0.0)
     else:
-        if ckpt and os.path.realpath(os.path.dirname(ckpt["path"])) == os.path.realpath(out_dir):
+        # links are followed: what they lead to would be replaced
+        if ckpt and os.path.dirname(os.path.realpath(ckpt["path"])) == os.path.realpath(out_dir):
             fail(f"--out_dir {out_dir} holds {ckpt['path']}, where this run starts; give another")
-        if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and not given.get("overwrite"):
+        there = [f for f in ("ckpt.pt", "best.pt", "config.json")
+                 if os.path.exists(os.path.join(out_dir, f))]
+        if there and not given.get("overwrite"):
             fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or "
                  "another --out_dir")
         device = pick_device(given.get("device", "auto"))
@@ -235,6 +238,9 @@ def refuse_nonsense(cfg) -> None:
                if hasattr(cfg, k)]
     if weights and not any(getattr(cfg, k) for k in weights):
         fail(f"--{', --'.join(weights)} are all 0, so nothing would be learnt; give one of them")
+    if hasattr(cfg, "decode_own") and cfg.lambda_dec and not (cfg.futures or cfg.first or cfg.heads):
+        fail("--futures, --first and --heads are all 0, so no memory need hold anything; give one "
+             "of them")
     if cfg.batch_size % getattr(cfg, "micro", 1):
         fail(f"--batch_size {cfg.batch_size} is not a multiple of --micro {cfg.micro}; "
              "change one of them")

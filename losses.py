@@ -11,7 +11,7 @@ asks cheaply; the sum of three questions is
     heads     the next F targets from every memory, by one linear map (--heads; model.Heads). They
               make the guess
 
---first 0 --heads 0 is the paper.
+--first 0 --heads 0 is the paper's SMT; its DMT is --first 1 --heads 0 --futures 0.
 """
 import torch
 import torch.nn.functional as F

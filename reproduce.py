@@ -11,7 +11,7 @@ at a time, each on one core; minutes are those of one core. Writes results/FIGUR
 numbers as CSV beside it, and a row of results/README.md.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import cli, demand, fail, parser
+from console import cli, demand, fail, parser, pick_device
 import dataclasses
 import math
 import os
@@ -106,6 +106,8 @@ def main(argv) -> None:
             lab.runs = os.path.join(folder, "runs")
         if a.results_dir == Lab.results:
             lab.results = os.path.join(folder, "results")
+    if not a.draw:
+        pick_device(a.device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save and end
     skipped = {}
     for name in list(FIGURES) if "all" in a.figures else a.figures:
@@ -128,7 +130,12 @@ def make(lab: Lab, name: str) -> None:
     lab = dataclasses.replace(lab, name=name, place=PLACES.get(name, ""), used=[],
                               partial=function is races.race)
     began = time.time()
-    found, verdict = function(lab)
+    try:
+        found, verdict = function(lab)
+    except (KeyError, IndexError, ValueError, TypeError):
+        if not lab.draw:
+            raise
+        fail(f"{lab.out('')}: its CSV does not hold this figure's numbers; make it without --draw")
     say(f"{name} | {verdict}: {found} | {lab.out('')}")
     if lab.draw:
         return  # the numbers are the old ones, and so is their row
@@ -137,10 +144,19 @@ def make(lab: Lab, name: str) -> None:
     row = dict(figure=name, claim=claim, ours=found, verdict=verdict, minutes=round(minutes, 1),
                seeds=" ".join(map(str, seeds)), commit=commit())
     path = os.path.join(lab.results, "figures.csv")
-    rows = {r["figure"]: r for r in (read_csv(path) if os.path.exists(path) else [])} | {name: row}
+    rows = told(path) | {name: row}
     rows = [rows[k] for k in FIGURES if k in rows]
     write_csv(path, rows)
     put_rows(os.path.join(lab.results, "README.md"), rows)
+
+
+def told(path: str) -> dict:
+    """The rows of figures.csv by figure; none where there is no file yet. Raises UserError."""
+    rows = read_csv(path) if os.path.exists(path) else []
+    columns = "figure", "claim", "ours", "verdict", "minutes", "seeds", "commit"
+    if any(r.keys() != {*columns} for r in rows):
+        fail(f"{path}: not the table that reproduce.py writes; put it back, or delete it")
+    return {r["figure"]: r for r in rows}
 
 
 def put_rows(path: str, rows: list[dict]) -> None:
@@ -166,8 +182,7 @@ def put_rows(path: str, rows: list[dict]) -> None:
 def list_all(lab: Lab) -> None:
     """--list: a block a figure; minutes come from the runs that the figure itself asks for."""
     path = os.path.join(lab.results, "figures.csv")
-    told = {r["figure"]: r for r in (read_csv(path) if os.path.exists(path) else [])}
-    every = {}
+    came_out, every = told(path), {}
     for name, (claim, what, function) in FIGURES.items():
         known = planned(dataclasses.replace(lab, name=name, plan=True), function)
         every |= known
@@ -175,7 +190,7 @@ def list_all(lab: Lab) -> None:
         minutes = sum(job.minutes for job in known.values())
         cost = f"{len(known)} runs of {minutes:.0f} minutes in all, {there} of them are there" \
             if known else "no training, or that of other figures"
-        row = told.get(name)
+        row = came_out.get(name)
         print(f"{name:8} {claim}\n         we run: {what} ({cost})\n         came out: " +
               (f"{row['verdict']}: {row['ours']} (commit {row['commit']})" if row else
                "not made yet"))

@@ -139,6 +139,10 @@ def main(argv) -> None:
         fail(f"--ckpt {a.ckpt} holds no RNN (it is from {ckpt['script']}.py); "
              "give one of smt.py, dmt.py or bptt.py")
     refuse_useless(ckpt, flags_in(argv))
+    if os.path.realpath(a.out) == os.path.realpath(a.ckpt):
+        fail(f"--out {a.out} is the checkpoint; give another name")
+    if a.temperature == 0:
+        refuse("seed top_k", flags_in(argv), "with --temperature 0, which draws nothing")
     device = pick_device(a.device)
     rnn = build(ckpt, "rnn")[0].to(device)
     image, T, name = ckpt["image"], rnn.c.T, ckpt["config"]["dataset"]

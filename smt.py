@@ -1,6 +1,6 @@
 """Supervised Memory Training (Eq. 2-5): encoder, decoder and RNN learn together, nothing recurs.
 
-    python smt.py                                   # glyphs: nothing to download, 5 minutes
+    python smt.py                                   # glyphs: nothing to download, 3 minutes
     python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
     python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
 

@@ -51,6 +51,8 @@ def setup(cfg, ckpt: dict | None = None) -> tuple[str, Data]:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     device = ranks.join(pick_device(cfg.device))
+    if cfg.graph and not device.startswith("cuda"):
+        fail(f"--graph needs a CUDA GPU, and this run is on {device}; leave it out")
     return device, load_data(vars(cfg), device, ckpt)
 
 
@@ -109,7 +111,7 @@ class Run:
         self.history, self.columns = [], []  # rows of log.csv, and what it has columns for
         # One thread of a CPU has a clock of its own, which a busy machine does not push on: races
         # between methods stay fair whatever else runs.
-        self.clock = time.process_time if device == "cpu" and cfg.threads == 1 else time.time
+        self.clock = time.process_time if device.startswith("cpu") and cfg.threads == 1 else time.time
         self.began = self.last_log = self.clock()
         self.table = self.open_log()
         if cfg.resume:
@@ -199,7 +201,8 @@ class Run:
         stopped = bool(self.asked or c.stop_after and seconds > 60 * c.stop_after)
         # clocks differ, and processes that disagree would wait for each other for ever
         self.progress, stopped = ranks.decided(progress, stopped)
-        self.done, self.stopped = self.progress >= 1, bool(stopped)
+        # a clock may be over before it began: a run has one step at least, which can be saved
+        self.done, self.stopped = self.progress >= 1 and self.step > 0, bool(stopped)
 
     def unfinished(self) -> bool:
         """Shall there be another turn of the loop? Not when the run is over or shall stop."""

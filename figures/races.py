@@ -9,6 +9,7 @@ update (--span 1, our loss), DMT without labels (--lambda_mse 0), BPTT whose gra
 more than DMT's does (--truncate) from scratch and after SMT, and all of BPTT after SMT. What
 starts from SMT has its minutes left over. Figures 4, 6 and 17 use these runs.
 """
+import math
 import os
 import shutil
 
@@ -102,6 +103,7 @@ def race(lab: Lab) -> tuple[str, str]:
                        steps=last["step"], tokens=last["tokens"], layers=last["layers"]) | \
                 {k: s[k] for k in ("n", "teacher", "one_step", "rollout", "stderr", "drift",
                                    "one_step_drift", "kl", "variance")} | \
+                paired(s, got.get(f"{lab.name}-{rnn}-bptt-{seed}")) | \
                 dict(commit=stored(lab, job.name, "finished.json")["commit"])
 
     rows = table(lab, measure)
@@ -117,6 +119,15 @@ def race(lab: Lab) -> tuple[str, str]:
     axes[0].legend(loc="upper right")
     style.save(fig, lab.out(f"{lab.name}.png"))
     return verdict(rows)
+
+
+def paired(s: dict, bptt: dict | None) -> dict:
+    """A run minus BPTT, image by image: the mean and its standard error."""
+    if bptt is None or s is bptt:
+        return {}
+    apart = torch.tensor(s["nats_each"]).double() - torch.tensor(bptt["nats_each"]).double()
+    return dict(over_bptt=float(apart.mean()),
+                over_bptt_stderr=float(apart.std()) / math.sqrt(len(apart)))
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

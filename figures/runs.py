@@ -352,8 +352,9 @@ def read_csv(path: str) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8") as f:
             return [{k: number(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    except OSError as e:
-        fail(f"{path}: cannot be read ({e.strerror}); make it without --draw")
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        why = getattr(e, "strerror", None) or "it is no CSV"
+        fail(f"{path}: cannot be read ({why}); make it without --draw")
 
 
 def write_csv(path: str, rows: list[dict]) -> None:

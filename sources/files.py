@@ -207,7 +207,7 @@ def cache_path(source, suffix, *facts):
     folder = source if source.is_dir() else source.parent
     if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
         return folder / name
-    path = Path(CACHE).expanduser() / name
+    path = Path(os.path.expanduser(CACHE)) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         print(f"{folder} is not for writing; keeping a packed copy in {path}", file=sys.stderr)

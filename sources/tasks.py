@@ -65,7 +65,8 @@ def endless(name, T, vocab, n_out, make, about, show, device, noise=0.0, posteri
     some = make(CHUNK, torch.Generator().manual_seed(0))[1]
     density = float((some >= 0).double().mean())
     return Data(name, T=T, vocab=vocab, n_out=n_out, units="nats/target", timestamps=True,
-                image=None, density=lambda length: density, batch=batch, held_out=held_out, about=about, show=show)
+                image=None, density=lambda length: density, batch=batch, held_out=held_out,
+                about=about, show=show)
 
 
 def letter(i) -> str:

@@ -78,10 +78,10 @@ def test_only_makes_no_half_figure(command, tmp_path, folders, no_other_pictures
     """--only that fits no run, or not all that a figure needs, leaves the numbers as they are."""
     where = f"--quick --device cpu --runs_dir {tmp_path}/runs --results_dir {tmp_path}/results"
     for part, said in (("typo", "no run of fig13"), ("-smt-", "1 of 2 runs")):
-        code, out, err = command(f"reproduce.py fig13 {where} --only {part}")
+        code, out, err = command(f"reproduce.py fig13 {where} --only={part}")
         assert code == 2 and said in out and len(err.splitlines()) == 1
         assert not os.path.exists(tmp_path / "results" / "fig13" / "fig13.csv")
-    code, *_ = command(f"reproduce.py fig13 {where} --only -dmt-")  # with what it starts from: all
+    code, *_ = command(f"reproduce.py fig13 {where} --only=-dmt-")  # with what it starts from: all
     assert code == 0
 
 

@@ -116,6 +116,17 @@ def test_an_old_run_is_replaced_by_the_first_process(tmp_path):
     assert [r["step"] for r in rows] == ["2", "4"]
 
 
+@pytest.mark.parametrize("env", [dict(RANK="1"), dict(WORLD_SIZE="abc"), dict(WORLD_SIZE="2"),
+                                 dict(RANK="-1")])
+def test_a_stray_environment(env, tmp_path):
+    """What another launcher left there is one line, not a run that nobody saves."""
+    line = f"{TASK} {SIZES} {RUN} --out_dir {tmp_path}/a".split()
+    done = subprocess.run([sys.executable, str(ROOT / "smt.py"), *line], capture_output=True,
+                          text=True, timeout=100, env=os.environ | env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "RANK" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_batch_that_does_not_divide(tmp_path):
     """One line that names the flag."""
     code, _, err = run(tmp_path, [f"smt.py {TASK} {SIZES} {RUN} --batch_size 5 "

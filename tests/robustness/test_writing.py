@@ -6,6 +6,7 @@ its place; and what was packed for later is used only if it is still what was wr
 import csv
 import gzip
 import os
+import shlex
 import signal
 import stat
 import struct
@@ -284,7 +285,40 @@ def test_a_run_does_not_replace_where_it_starts_from(command, tiny_smt, tmp_path
             code, _, err = command(f"{script}.py {{RUN}} --{flag} {tmp_path}/ckpt.pt --overwrite "
                                    f"--out_dir {out_dir}")
             assert code == 2 and err.count("\n") == 1 and "--out_dir" in err, err
+    link = tmp_path / "elsewhere" / "link.pt"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "ckpt.pt")
+    code, _, err = command(f"dmt.py {{RUN}} --ckpt {link} --overwrite --out_dir {tmp_path}")
+    assert code == 2 and err.count("\n") == 1 and "--out_dir" in err, err
+    code, _, err = command(f"sample.py --ckpt {link} --out {tmp_path}/ckpt.pt")
+    assert code == 2 and err.count("\n") == 1, err
     assert (tmp_path / "ckpt.pt").read_bytes() == tiny_smt.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["best.pt", "config.json"])
+def test_what_is_left_of_a_run_is_not_replaced_unasked(name, command, tmp_path):
+    """A folder whose ckpt.pt was moved away still holds somebody's run."""
+    (tmp_path / name).write_text("mine")
+    code, _, err = command(f"smt.py {{TINY}} --out_dir {tmp_path}")
+    assert code == 2 and err.count("\n") == 1 and "--overwrite" in err, err
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_the_shortest_run_has_a_step(command, tmp_path):
+    """However short its minutes: what is called done can be used."""
+    code, out, err = command(f"smt.py {{TINY}} --steps 0 --minutes 1e-9 --out_dir {tmp_path}")
+    assert code == 0 and "done: 1 steps" in out and (tmp_path / "ckpt.pt").exists(), out + err
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_closed_outputs_are_not_the_log(closed, tmp_path):
+    """A run whose stdin, stdout and stderr are closed writes nothing else into its files."""
+    line = [sys.executable, str(ROOT / "smt.py"), *f"{TASK} {SIZES} {RUN}".split(),
+            "--out_dir", str(tmp_path / "run")]
+    done = subprocess.run(["sh", "-c", shlex.join(line) + " " + closed], timeout=120)
+    assert done.returncode == 0
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert len({row.count(",") for row in rows}) == 1 and len(rows) > 1
 
 
 def test_two_runs_in_one_folder(command, tmp_path):
