@@ -107,8 +107,8 @@ def cli(main) -> None:
         signs = "out of memory", "allocate memory", "enough memory", "ALLOC_FAILED", "overflow"
         if not any(s in str(e) for s in signs) and type(e) is not MemoryError:
             raise
-        line = f"out of memory ({str(e)[:200]}); give a smaller --batch_size or smaller sizes, " \
-            "and bptt.py --recompute 28"
+        line = f"out of memory ({str(e)[:200]}); train with a smaller --batch_size or smaller " \
+            "sizes (bptt.py: --recompute 28); elsewhere ask for fewer: --n, --n_test"
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
     try:
         sys.stdout.flush()

@@ -96,6 +96,12 @@ READS = ("mnist", "sketchy", "images", "tinystories", "shakespeare")  # files in
 VARIANTS = ("paper", "ours")  # of five synthetic tasks: as the authors define it, or another one
 
 
+def kinds(dataset: str, rnn: str = "") -> tuple:
+    """The names under which presets.KINDS knows a dataset and an updater."""
+    return ("synthetic", rnn) if dataset in SYNTHETIC else \
+        ("text", rnn) if dataset in TEXTS else (dataset, rnn)
+
+
 def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
     """The only door. An option that is None counts as not given. `seed` changes no data: what is
     held out is the same in every run, and training batches follow the generator that is handed to

@@ -227,7 +227,8 @@ def teacher_and_rnn(ckpt: dict, device: str) -> tuple[dict, list]:
 def main(argv) -> None:
     cfg, ckpt = flags.parse("dmt", Config, argv, __doc__)
     demand_teacher(ckpt)
-    cfg.shortest = None if cfg.shortest is None else 0  # they go on side by side: all have the full length
+    if cfg.shortest:
+        cfg.shortest = 0  # they go on side by side: all have the full length
     device, task = trainer.setup(cfg, ckpt)
     nets, trained = teacher_and_rnn(ckpt, device)
     encoder, decoder, rnn, heads = (nets.get(k) for k in ("encoder", "decoder", "rnn", "heads"))

@@ -99,16 +99,10 @@ class Config(Options):
     overwrite: bool = flag("replace the run in out_dir", "run", default=False)
 
 
-def kinds(dataset: str, rnn: str = "") -> tuple:
-    """The names under which presets.KINDS knows a dataset and an updater."""
-    return ("synthetic", rnn) if dataset in datasets.SYNTHETIC else \
-        ("text", rnn) if dataset in datasets.TEXTS else (dataset, rnn)
-
-
 def config(script: str, Flags, preset="laptop", dataset="glyphs", recipe=None, **changes):
     """A Flags, which is a Config, from a preset's recipe for the dataset, and `changes`."""
     recipe = recipe or functools.partial(presets.recipe, script)
-    values = recipe(preset, kinds(dataset, changes.get("rnn")))
+    values = recipe(preset, datasets.kinds(dataset, changes.get("rnn")))
     values |= dict(preset=preset, dataset=dataset) | changes
     names = [f.name for f in dataclasses.fields(Flags)]
     cfg = Flags(**{k: v for k, v in values.items() if k in names})
@@ -171,7 +165,7 @@ def read(script: str, fields: dict, argv, doc: str, recipe) -> dict:
         preset = "laptop"  # the parser refuses it below
     options = datasets.OPTIONS.get(dataset, {})
     defaults = {f.name: f.default for f in fields.values()} | options | \
-        recipe(preset, kinds(dataset, named(argv, "--rnn", "")))
+        recipe(preset, datasets.kinds(dataset, named(argv, "--rnn", "")))
     p = parser(f"{script}.py", doc)
     groups = {name: p.add_argument_group(name, about.format(preset, dataset))
               for name, about in GROUPS.items()}
@@ -238,7 +232,8 @@ def refuse_nonsense(cfg) -> None:
                if hasattr(cfg, k)]
     if weights and not any(getattr(cfg, k) for k in weights):
         fail(f"--{', --'.join(weights)} are all 0, so nothing would be learnt; give one of them")
-    if hasattr(cfg, "decode_own") and cfg.lambda_dec and not (cfg.futures or cfg.first or cfg.heads):
+    asked = ("futures", "first", "heads") if hasattr(cfg, "decode_own") and cfg.lambda_dec else ()
+    if asked and not any(getattr(cfg, k) for k in asked):
         fail("--futures, --first and --heads are all 0, so no memory need hold anything; give one "
              "of them")
     if cfg.batch_size % getattr(cfg, "micro", 1):

@@ -101,7 +101,7 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         logits = decoder(rows[some])[:, 0].float()
         nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
         out["first"] = (weight * nats).mean() / valid.mean().clamp(min=1e-9)
-    if cfg.futures:
+    if cfg.futures:  # Eq. 2 as the paper has it
         S = t.shape[1]
         if ends:
             # evenly: neighbours may be sequences that have come equally far

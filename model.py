@@ -284,10 +284,10 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.head.weight)  # predictions start uniform, the loss at log V
 
     def forward(self, m: Tensor, x_fut: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        """m (N, K, d); x_fut (N, F) int64 = x_{t+1} .. x_{t+F}; t (N,) int64 time of m.
+        """m (N, K, d); x_fut (N, Tf - 1) int64 = x_{t+1} ..; t (N,) int64 time of m.
 
-        Returns logits (N, 1 + F, V) of y_t .. y_{t+F}; without memory (K = 0) logits (N, F, V) of
-        y_{t+1} .. .
+        Returns logits (N, Tf, V) of y_t .. y_{t+Tf-1}; without memory (K = 0) logits of all but the
+        first.
         """
         if len(m) > ROWS:
             return in_chunks(self, m, x_fut, t)

@@ -72,7 +72,8 @@ def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
     unit = F.normalize(m[pick].float(), dim=-1)
     with fp32(m.device):  # close tokens differ in digits that bf16 does not have
         distance = (2 - 2 * unit @ unit.T).fill_diagonal_(torch.inf)  # a token alone is no pair
-    return torch.logsumexp(-2 * distance.flatten(), 0) - math.log(max(1, len(unit) * (len(unit) - 1)))
+    pairs = len(unit) * (len(unit) - 1)
+    return torch.logsumexp(-2 * distance.flatten(), 0) - math.log(max(1, pairs))
 
 
 def on_policy(rnn: RNN, label: Tensor, x: Tensor, times: Tensor, horizon: int,
@@ -114,7 +115,7 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None,
     dyn = F.mse_loss(made[0].float(), label[:, 1:].float())             # Eq. 3
     if horizon > 1:
         again, error = on_policy(rnn, label, x_now, times, horizon, gen)
-        made, dyn = [*made, again], (dyn + error) / 2
+        made, dyn = [*made, again], (dyn + error) / 2  # a mean: lambda_dyn weighs both alike
     unif = uniformity(m, gen)                                           # Eq. 4
     read, x, y = with_made(m, made, x, y) if cfg.decode_own else (m, x, y)
     dec = predictive(decoder, heads, read, times.expand(len(x), -1), x, y, cfg, gen,

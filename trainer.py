@@ -111,7 +111,8 @@ class Run:
         self.history, self.columns = [], []  # rows of log.csv, and what it has columns for
         # One thread of a CPU has a clock of its own, which a busy machine does not push on: races
         # between methods stay fair whatever else runs.
-        self.clock = time.process_time if device.startswith("cpu") and cfg.threads == 1 else time.time
+        alone = device.startswith("cpu") and cfg.threads == 1
+        self.clock = time.process_time if alone else time.time
         self.began = self.last_log = self.clock()
         self.table = self.open_log()
         if cfg.resume:

@@ -16,8 +16,8 @@ T, STEPS = 16, (100, 200, 400, 800)
 # optimiser are ours (causal encoder, timestamps, Muon, averaged weights). Small: 30 ms a step.
 PLAIN = dict(dataset="retrieval", length=T, symbols=4, rnn="mlp", rnn_layers=1, d_model=32,
              mem_tokens=2, batch_size=32, heads=0, first=0.0, horizon=1, decode_own=False,
-             rnn_batch=0, rnn_from=0.0, futures=512, lambda_fut=1.0, lambda_dyn=1.0, decay=1.0, n_val=500,
-             eval_every=0)
+             rnn_batch=0, rnn_from=0.0, futures=512, lambda_fut=1.0, lambda_dyn=1.0, decay=1.0,
+             n_val=500, eval_every=0)
 
 
 def credit_job(detached: bool, Tf: int, steps: int) -> Job:

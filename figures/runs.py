@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 import data
 import presets
 from console import fail
-from flags import kinds
 from sources.files import written_whole
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -142,7 +141,7 @@ def record(lab: Lab, job: Job, jobs: dict) -> dict:
     before = record(lab, jobs[job.after], jobs) if job.after in jobs else None
     task = before["task"] if before else [job.flags.get(k, "") for k in ("dataset", "rnn")]
     recipe = {} if job.script == "evaluate" else presets.recipe(
-        job.script, job.flags.get("preset", "laptop"), kinds(*task))
+        job.script, job.flags.get("preset", "laptop"), data.kinds(*task))
     return asdict(job) | dict(toy=lab.quick, before=before, task=task, recipe=recipe)
 
 

@@ -297,7 +297,7 @@ def test_help_is_about_the_dataset_that_is_named(script, command):
         shown = {name for name in data.HELP if re.search(rf"\n  --{name}\b", out)}
         assert shown == set(options) and "--dataset NAME --help" in out
         minutes = presets.recipe("smt" if script == "smt" else "bptt", "laptop",
-                                 flags.kinds(dataset))["minutes"]
+                                 data.kinds(dataset))["minutes"]
         assert re.search(rf"--minutes [^-]* \(default:\s+{minutes}\)", out)
 
 
@@ -314,16 +314,16 @@ def test_presets_hold_every_recipe():
         assert presets.recipe(module.__name__, "laptop").keys() == wanted
         for preset in presets.PRESETS:
             for dataset, options in data.OPTIONS.items():
-                recipe_of = presets.recipe(module.__name__, preset, flags.kinds(dataset))
+                recipe_of = presets.recipe(module.__name__, preset, data.kinds(dataset))
                 assert recipe_of.keys() - options.keys() == wanted, (preset, dataset)
 
 
 @pytest.mark.parametrize("name", data.SYNTHETIC)
 def test_a_synthetic_task_has_the_recipe_of_its_kind(name):
     """Not the one of pictures: labels and futures reach over the whole sequence."""
-    assert "synthetic" in flags.kinds(name)
+    assert "synthetic" in data.kinds(name)
     for preset in presets.PRESETS:
-        r = presets.recipe("smt", preset, flags.kinds(name))
+        r = presets.recipe("smt", preset, data.kinds(name))
         assert r["ctx_len"] == 0
         assert r["fut_len"] == 0
 
