@@ -143,6 +143,9 @@ KINDS = {}
 KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
     "lr":                (_,            1e-3,         2.5e-3),
 }
+KINDS["laptop", "transformer"] = {
+    "lr":                (_,            _,            2.5e-3),
+}
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
     "minutes":           (2.5,          17.5,         20.0),

@@ -40,7 +40,7 @@ RACES = {
 # At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT, half of
 # what it starts with elsewhere: weights are there, a large rate would destroy them.
 NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
-AFTER_SMT = dict(transformer=2.5e-3, mlp=1.2e-3, gru=2.5e-3)
+AFTER_SMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=2.5e-3)
 EXTRA = "dmt-span1", "dmt-mse0", "truncated", "smt+truncated", "smt+bptt"
 
 
