@@ -203,7 +203,7 @@ def test_numbers_in_the_text():
     """The span, the sizes of the presets, and what other data have."""
     span = resolved(dmt, "laptop")["span"]
     length = resolved(smt, "laptop")["image_size"] ** 2
-    assert f"at most S = {span} of {length} updates" in README.replace("\n", " ")
+    assert f"at most S = {span} of {length - 1} updates" in README.replace("\n", " ")
     for preset in ("laptop", "gpu", "paper"):
         c = resolved(smt, preset)
         sizes = f"d {c['d_model']}, K {c['mem_tokens']}, " \
