@@ -218,7 +218,7 @@ def test_longer_sequences_than_in_training(command, tmp_path, encoder):
     training, the window is the whole past and both teachers are one."""
     out = tmp_path / "run"
     code, _, err = command(f"smt.py --dataset stack --length 8 {{SIZES}} {{RUN}} --timestamps none "
-                           f"--encoder {encoder} --times 4 --horizon 1 --out_dir {out}")
+                           f"--encoder {encoder} --times 4 --horizon 1 --steps 20 --out_dir {out}")
     assert code == 0, err
     results = {}
     for length in (5, 8, 21):

@@ -142,7 +142,6 @@ def test_flags_that_read_a_checkpoint(script, kind, command, runs, tmp_path, mon
     "sample.py --ckpt {synthetic}/ckpt.pt --seed 2",
     "sample.py --ckpt {picture}/ckpt.pt --temperature 0 --seed 2",
     "smt.py {TASK} {SIZES} {RUN} --futures 0 --first 0 --heads 0",
-    "smt.py {TASK} {SIZES} {RUN} --device cpu --graph",
     "sample.py --ckpt {picture}/ckpt.pt --data_dir .",
     "evaluate.py --ckpt {synthetic}/ckpt.pt --data_dir .",
     "evaluate.py --ckpt {picture}/ckpt.pt --data_file x", "bench.py --dataset parity --data_dir .",
