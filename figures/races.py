@@ -60,9 +60,9 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     """One run: the method's flags, the updater's networks, its part of the minutes."""
     name = lambda method: f"{race}-{rnn}-{method}-{seed}"
     script = "smt" if method == "smt" else "dmt" if method.startswith("dmt") else "bptt"
-    # about as many updates a step, however long a span is
-    spans = r["flags"]["dmt"].get("batch_size", 128) * r["span"]
-    own = {"dmt-span1": dict(span=1, batch_size=spans), "dmt": dict(span=r["span"]),
+    # as many updates a step, however long a span is; 128 spans are the laptop preset's batch
+    updates = r["flags"]["dmt"].get("batch_size", 128) * r["span"]
+    own = {"dmt-span1": dict(span=1, batch_size=updates), "dmt": dict(span=r["span"]),
            "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]), "truncated": dict(truncate=r["span"]),
            "smt+truncated": dict(truncate=r["span"])}.get(method, {})
     follows = script == "dmt" or method.startswith("smt+")

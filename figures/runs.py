@@ -185,7 +185,7 @@ def train(lab: Lab, jobs: list[Job]) -> list[str]:
                  f"{every[0].name}, for example")
     if lab.plan:
         raise Planned(jobs)
-    known = {job.name: job for job in jobs}
+    known = {job.name: job for job in every}
     for dataset in {job.flags["dataset"]: job for job in jobs if "dataset" in job.flags}.values():
         options = {k: v for k, v in dataset.flags.items() if k in
                    data.OPTIONS[dataset.flags["dataset"]]}
@@ -205,7 +205,7 @@ def train(lab: Lab, jobs: list[Job]) -> list[str]:
         store(lab, job.name, "finished.json", dict(commit=began[job.name]))
 
     work(lab, todo, start, end)
-    done = [job for job in every if finished(lab, job, {j.name: j for j in every})]
+    done = [job for job in every if finished(lab, job, known)]
     lab.used = [*{job.name: job for job in [*lab.used, *done]}.values()]
     if jobs and not done:
         fail(f"{lab.name}: none of its runs has finished; their last words are in "
