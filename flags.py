@@ -137,6 +137,9 @@ def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
             fail(f"--out_dir {out_dir} holds {ckpt['path']}, where this run starts; give another")
         there = [f for f in ("ckpt.pt", "best.pt", "config.json")
                  if os.path.exists(os.path.join(out_dir, f))]
+        if there and "ckpt.pt" not in there and not given.get("overwrite"):
+            fail(f"--out_dir {out_dir} holds {there[0]} of a run whose ckpt.pt is gone; give "
+                 "--overwrite or another --out_dir")
         if there and not given.get("overwrite"):
             fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or "
                  "another --out_dir")

@@ -125,7 +125,8 @@ def paired(s: dict, bptt: dict | None) -> dict:
     """A run minus BPTT, image by image: the mean and its standard error."""
     if bptt is None or s is bptt:
         return {}
-    apart = torch.tensor(s["nats_each"]).double() - torch.tensor(bptt["nats_each"]).double()
+    a, b = (torch.tensor(v["nats_each"], dtype=torch.float64) for v in (s, bptt))
+    apart = a - b
     return dict(over_bptt=float(apart.mean()),
                 over_bptt_stderr=float(apart.std()) / math.sqrt(len(apart)))
 

@@ -10,7 +10,7 @@ import torch
 
 import data
 import reproduce
-from figures import cost, credit, inside, nets, runs
+from figures import cost, credit, inside, nets, races, runs
 from figures.runs import Job, Lab
 
 
@@ -216,3 +216,37 @@ def test_smt_gradients_are_those_of_one_network():
             ends.append(g[0] / g[-1])
         spread[method] = ends[1] / ends[0]
     assert 0.1 < spread["smt"] < 10 and spread["bptt"] > 1e6
+
+
+def test_a_run_is_made_anew_when_its_preset_changes(tmp_path, monkeypatch):
+    """A recipe is a part of what a run is, though no flag of the job says so."""
+    calls, jobs = [], runs.both("a", dict(dataset="stack"), (1, 1))
+    lab = lab_of(tmp_path, calls)
+    runs.train(lab, jobs)
+    old = runs.presets.recipe
+    monkeypatch.setattr(runs.presets, "recipe", lambda method, *a: old(method, *a) | (
+        dict(lr=1.0) if method == "dmt" else {}))
+    runs.train(lab, jobs)
+    assert calls[2:] == [("a-dmt-0", False)]  # SMT's recipe is as it was
+
+
+def test_paired_differences_against_torch():
+    """Image by image: the mean of the differences, and the standard error of that mean."""
+    a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = races.paired(dict(nats_each=a.tolist()), dict(nats_each=b.tolist()))
+    assert abs(got["over_bptt"] - (a.mean() - b.mean())) < 1e-12
+    error = ((a - b) - (a - b).mean()).square().sum().div(49 * 50).sqrt()
+    assert abs(got["over_bptt_stderr"] - error) < 1e-12
+    same = dict(nats_each=a.tolist())
+    assert races.paired(same, same) == {} == races.paired(same, None)
+
+
+def test_a_race_is_judged_on_the_seeds_that_both_have():
+    row = lambda rnn, method, seed, nats: dict(rnn=rnn, method=method, seed=seed, rollout=nats)
+    rows = [row("gru", "bptt", 0, 30.0), row("gru", "dmt", 0, 29.0),
+            row("gru", "dmt", 1, 99.0), row("gru", "smt", 0, 10.0), row("mlp", "dmt", 0, 1.0)]
+    assert races.verdict(rows) == ("SMT → DMT, nats per image: gru 29.0 (BPTT 30.0)", "agrees")
+    rows += [row("mlp", "bptt", 0, 0.5)]
+    assert races.verdict(rows)[1] == "open"
+    assert races.verdict([row("gru", "bptt", 0, 28.0), *rows[1:2]])[1] == "disagrees"
+    assert races.verdict(rows[2:4])[1] == "open"  # nobody raced

@@ -301,6 +301,7 @@ def test_what_is_left_of_a_run_is_not_replaced_unasked(name, command, tmp_path):
     (tmp_path / name).write_text("mine")
     code, _, err = command(f"smt.py {{TINY}} --out_dir {tmp_path}")
     assert code == 2 and err.count("\n") == 1 and "--overwrite" in err, err
+    assert "--resume" not in err  # there is nothing to resume
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
