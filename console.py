@@ -49,6 +49,13 @@ def demand(name: str, value: float, low: float, high: float) -> None:
         fail(f"--{name} {value} is not allowed; give a number from {low:g} to {high:g}")
 
 
+def path(text: str) -> str:
+    """The type of a flag that names a file or folder: any name but the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give one or leave the flag out")
+    return text
+
+
 def flags_in(argv) -> set[str]:
     """The names of the flags on a command line."""
     return {word[2:].partition("=")[0].removeprefix("no-") for word in argv if word[:2] == "--"}

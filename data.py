@@ -15,7 +15,7 @@ To add one: write a function that returns a `Data` (for pictures `images.image_d
 it a line in OPTIONS, in ABOUT and in `load`; a new option wants a line in HELP.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import cli, demand, flags_in, parser, refuse
+from console import cli, demand, flags_in, parser, path, refuse
 import argparse
 import dataclasses
 import os
@@ -223,7 +223,7 @@ def main(argv):
                    help="what to look at; left out: the list; --help shows its options")
     p.add_argument("--data_dir", default=os.environ.get("SMT_DATA_DIR", "data"),
                    help="where the files are (default: %(default)s)")
-    p.add_argument("--out", default="preview.png",
+    p.add_argument("--out", default="preview.png", type=path, metavar="OUT",
                    help="where the examples of a picture dataset go (default: %(default)s)")
     p.add_argument("--n", type=int, default=0,
                    help="how many examples; 0 = 40 pictures or 5 lines (default: %(default)s)")
@@ -231,6 +231,7 @@ def main(argv):
     given = vars(p.parse_args(argv))
     name, n = given["dataset"], given["n"]
     if name is None:
+        refuse(" ".join(flags_in(argv)), flags_in(argv), "without a dataset")
         print("\n".join(f"{name:12} {about}" for name, about in ABOUT.items()))
         return
     demand("n", n, 0, 10_000)

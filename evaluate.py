@@ -15,7 +15,7 @@ The gap between the three is the method. All is computed in fp32, on every devic
 (or JSON alone) and writes evaluation.png beside the checkpoint.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import cli, demand, fail, flags_in, parser, pick_device
+from console import cli, demand, fail, flags_in, parser, path, pick_device
 import contextlib
 import json
 import math
@@ -314,7 +314,8 @@ def stretch(ckpt: dict, length: int) -> int:
 
 def main(argv) -> None:
     p = parser("evaluate.py", __doc__)
-    p.add_argument("--ckpt", required=True, help="checkpoint of any training script; required")
+    p.add_argument("--ckpt", required=True, type=path, metavar="CKPT",
+                   help="checkpoint of any training script; required")
     flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--threads", type=int, default=0,

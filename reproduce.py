@@ -11,7 +11,7 @@ at a time, each on one core; minutes are those of one core. Writes results/FIGUR
 numbers as CSV beside it, and a row of results/README.md.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import cli, demand, fail, parser, pick_device
+from console import cli, demand, fail, flags_in, parser, path, pick_device, refuse
 import dataclasses
 import math
 import os
@@ -216,8 +216,10 @@ def read_flags(argv):
     p.add_argument("--quick", action="store_true", help="toy sizes, seconds, into a temporary "
                    "folder: does everything run? (default: no)")
     p.add_argument("--draw", action="store_true", help="draw again from the CSV (default: no)")
-    p.add_argument("--runs_dir", default=Lab.runs, help="(default: %(default)s)")
-    p.add_argument("--results_dir", default=Lab.results, help="(default: results/ of the project)")
+    p.add_argument("--runs_dir", default=Lab.runs, type=path, metavar="FOLDER",
+                   help="(default: %(default)s)")
+    p.add_argument("--results_dir", default=Lab.results, type=path, metavar="FOLDER",
+                   help="(default: results/ of the project)")
     p.add_argument("--data_dir", default=flags.Config.data_dir, help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="of all runs (default: %(default)s)")
     p.add_argument("--together", type=int, default=2, help="runs at a time (default: %(default)s)")
@@ -239,6 +241,11 @@ def read_flags(argv):
         fail(f"no figure is named; give --list, all, or some of {', '.join(FIGURES)}")
     if a.quick and a.draw:
         fail("--quick makes new numbers and --draw makes none; give one of them")
+    if a.list:
+        refuse("quick draw together device n_test only stop_after", flags_in(argv), "with --list")
+    for name in ("runs_dir", "results_dir"):
+        if os.path.exists(getattr(a, name)) and not os.path.isdir(getattr(a, name)):
+            fail(f"--{name} {getattr(a, name)} is no folder; give another")
     demand("together", a.together, 1, 1000)
     demand("seeds", a.seeds, 0, 1000)
     demand("n_test", a.n_test, 0, 10 ** 9)

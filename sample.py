@@ -10,7 +10,7 @@ Images go to --out as one PNG, text is printed. Synthetic tasks, whose inputs ar
 print test sequences and the RNN's answers.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import cli, demand, fail, flags_in, parser, pick_device, refuse
+from console import cli, demand, fail, flags_in, parser, path, pick_device, refuse
 import os
 
 import numpy as np
@@ -96,7 +96,7 @@ def answers(task: Data, rnn: RNN, n: int) -> str:
 
 def read_flags(argv):
     p = parser("sample.py", __doc__)
-    p.add_argument("--ckpt", default=DEFAULT_CKPT,
+    p.add_argument("--ckpt", default=DEFAULT_CKPT, type=path, metavar="CKPT",
                    help="checkpoint with an RNN (default: the one in results/glyphs)")
     p.add_argument("--n", type=int, default=0,
                    help="how many; 0 = 40 images, 16 answers or 3 texts (default: %(default)s)")
@@ -113,7 +113,8 @@ def read_flags(argv):
     flags.add_data_flags(p)
     p.add_argument("--device", default="auto", help="(default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
+    p.add_argument("--out", default="samples.png", type=path, metavar="OUT",
+                   help="picture to write (default: %(default)s)")
     a = p.parse_args(argv)
     for name, low, high in (("n", 0, 10_000), ("chars", 1, 10 ** 7), ("temperature", 0, 1e18),
                             ("top_k", 0, 10 ** 6), ("seed", 0, 10 ** 18)):

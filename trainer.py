@@ -73,7 +73,11 @@ def model_config(cfg, task: Data) -> ModelConfig:
 
 def compile_blocks(nets: dict[str, nn.Module]) -> None:
     """torch.compile both halves of every Transformer block, once for all lengths; state_dict keeps
-    its names."""
+    its names. Raises UserError where torch cannot compile."""
+    try:  # a kernel of one line, because what compiles blocks does so in the first step
+        torch.compile(torch.exp)(next(p.data for net in nets.values() for p in net.parameters()))
+    except Exception as e:  # no compiler, no headers, no Triton: each has a type of its own
+        fail(f"--compile cannot be used here ({' '.join(str(e).split())[:160]}); leave it out")
     # All blocks share one code, compiled anew for each mixture of widths, mask, graph and dtype;
     # torch gives up after 8
     torch._dynamo.config.recompile_limit = 64
@@ -107,6 +111,8 @@ class Run:
         self.kept = {}  # tensors that the script itself needs to go on
         self.sums, self.metrics = {}, {}  # losses since the last log line; the last evaluation
         self.history, self.columns = [], []  # rows of log.csv, and what it has columns for
+        if cfg.compile:  # before anything is written: it may be refused
+            compile_blocks(nets)
         # One thread of a CPU has a clock of its own, which a busy machine does not push on: races
         # between methods stay fair whatever else runs.
         alone = device.startswith("cpu") and cfg.threads == 1
@@ -120,8 +126,6 @@ class Run:
         self.waits = ranks.RANK or cfg.overwrite and os.path.exists(self.path("ckpt.pt"))
         if not self.waits:
             self.begin_files()
-        if cfg.compile:
-            compile_blocks(nets)
         if cfg.graph and "rnn" in nets:
             graph_updates(nets["rnn"])
         self.asked = 0  # to stop, by the signal of this number

@@ -182,6 +182,15 @@ BAD = [  # command, what its one line must mention
     # retrieval has no images to complete
     ("sample.py --ckpt runs/smt/ckpt.pt --prefix", "--prefix"),
     ("sample.py --ckpt runs/smt/ckpt.pt --device toaster", "--device"),
+    ("sample.py --ckpt ''", "--ckpt"),
+    ("sample.py --out ''", "--out"),
+    ("evaluate.py --ckpt ''", "--ckpt"),
+    ("data.py --n 3", "--n"),
+    ("data.py glyphs --out ''", "--out"),
+    ("smt.py {TINY} --lambda_dec 0 --heads 3", "--heads"),
+    ("reproduce.py --list --quick", "--quick"),
+    ("reproduce.py fig11 --results_dir file", "--results_dir"),
+    ("reproduce.py fig11 --runs_dir ''", "--runs_dir"),
 ]
 
 
@@ -233,6 +242,14 @@ def test_extreme_temperatures_still_draw(temperature, picture_ckpt, command, tmp
                            f"--out {tmp_path}/a.png --temperature {temperature}")
     assert code == 0, err
     assert (tmp_path / "a.png").exists()
+
+
+def test_without_a_compiler(command, tmp_path, monkeypatch):
+    """--compile is refused before anything is written, not in the first step."""
+    monkeypatch.setattr("torch.compile", lambda f, **how: lambda x: 1 / 0)  # any type of error
+    code, _, err = command(f"smt.py {{TINY}} --compile --out_dir {tmp_path}/run")
+    assert code == 2 and err.count("\n") == 1 and "--compile" in err, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_failures_keep_their_traceback(monkeypatch):
