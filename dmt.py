@@ -13,7 +13,6 @@ every step (--spans) and rolls them out, without a graph. Writes runs/dmt-<datas
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, fail
-import math
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +44,6 @@ class Config(flags.Config):
     first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
     horizon: int = flag("updates the RNN runs alone, about; 0 = from 16 to all of them")
     sweeps: bool = flag("find own memories at the start by sweeps over all times at once")
-    tube: float = flag("an error of so many variances puts the RNN on its label; 0 = never")
 
 
 def horizon_at(progress: float, most: int) -> int:
@@ -86,7 +84,7 @@ class Walk:
         return self.starts[self.b, self.i]
 
 
-def begin(batch: tuple, encoder: Encoder, rnn: RNN, horizon: int, tube: float, cfg: Config,
+def begin(batch: tuple, encoder: Encoder, rnn: RNN, horizon: int, cfg: Config,
           gen: torch.Generator) -> Walk:
     """Set out with sequences x, y (B, T): the RNN runs over them alone, without a graph."""
     x, y = batch
@@ -100,7 +98,7 @@ def begin(batch: tuple, encoder: Encoder, rnn: RNN, horizon: int, tube: float, c
         b, i = torch.arange(B), torch.arange(B) * G // B
     with torch.no_grad():
         labels = labels_of(encoder, x, torch.zeros(B) if cfg.spans else i)
-        own = rnn.own_memories(labels, x, torch.arange(T), horizon, gen, cfg.sweeps, tube)
+        own = rnn.own_memories(labels, x, torch.arange(T), horizon, gen, cfg.sweeps)
     m = own[on_device(b, device), on_device(starts[b, i] - 1, device)]
     return Walk(x, y, labels, starts, b, i, m)
 
@@ -119,7 +117,7 @@ def labels_of(encoder: Encoder, x: Tensor, i: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def go_on(walk: Walk, made: Tensor, task, encoder: Encoder, horizon: int, tube: float,
+def go_on(walk: Walk, made: Tensor, task, encoder: Encoder, horizon: int,
           gen: torch.Generator) -> int:
     """To the next span of every sequence, with what the RNN has just made (B, S, K, d). A sequence
     that is over makes room for a new one; returns how many were."""
@@ -136,13 +134,11 @@ def go_on(walk: Walk, made: Tensor, task, encoder: Encoder, horizon: int, tube: 
     behind = on_device((walk.t - before - 1).clamp(min=0), device)
     m = made.detach()[torch.arange(B, device=device), behind]
     label = walk.labels[torch.arange(B, device=device), on_device(walk.t - 1, device)]
-    # Put back on the label: who begins; about every `horizon` updates; and who is lost. No later
-    # input brings back what the label holds, and whoever learns from there learns to forget.
+    # Put back on the label: who begins, and, while rollouts are short, about every `horizon` updates.
     back = walk.i == 0
     if horizon < T:
         back = back | (torch.rand(B, generator=gen) < made.shape[1] / horizon)
-    lost = (m - label).square().mean((1, 2)) > tube
-    walk.m = torch.where((on_device(back, device) | lost)[:, None, None], label, m.to(label.dtype))
+    walk.m = torch.where(on_device(back, device)[:, None, None], label, m.to(label.dtype))
     return len(over)
 
 
@@ -166,7 +162,7 @@ def objective(rnn: RNN, heads: Heads | None, walk: Walk, variance: Tensor, cfg: 
 @torch.no_grad()
 def variance_of(encoder: Encoder, x: Tensor, times: Tensor) -> Tensor:
     """Of an entry of the encoder's memories of x (B, T), over sequences and times: a scalar, the
-    unit of Eq. 6 and of the tube."""
+    unit of Eq. 6."""
     # One number for the whole run. A variance of every batch would make the loss's weight flicker.
     m = encoder(x, times).float().flatten(0, 1)
     # Memories that collapsed have none; a run shall go on and show it, not divide by 0.
@@ -238,7 +234,6 @@ def main(argv) -> None:
     # 64 sequences will do for a unit. Seed 0, so that a resumed run finds the same one.
     variance = variance_of(encoder, task.batch(64, torch.Generator().manual_seed(0))[0],
                            torch.arange(T))
-    tube = (cfg.tube or math.inf) * float(variance)
 
     mine = ranks.share(cfg)  # all of it, but under torchrun
     run = trainer.Run("dmt", cfg, nets, trained, c, task, device)
@@ -250,14 +245,14 @@ def main(argv) -> None:
         with autocast(device):
             if walk is None or cfg.spans:
                 batch = [v[:, :T] for v in task.batch(mine.batch_size, run.gen)]
-                walk = begin(batch, encoder, rnn, horizon, tube, mine, run.gen)
+                walk = begin(batch, encoder, rnn, horizon, mine, run.gen)
                 run.count(cfg.batch_size * T, layers_to_set_out)
             losses, made = objective(rnn, heads, walk, variance, mine, run.gen, task.density(T))
         losses["loss"].backward()
         new = 0
         if not cfg.spans:
             with autocast(device):
-                new = go_on(walk, made, task, encoder, horizon, tube, run.gen)
+                new = go_on(walk, made, task, encoder, horizon, run.gen)
         run.update(losses, new * T * ranks.WORLD, layers)
 
         if run.time_to_evaluate() or run.time_to_save():

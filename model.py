@@ -412,8 +412,7 @@ class RNN(nn.Module):
 
     @torch.no_grad()
     def own_memories(self, labels: Tensor, x: Tensor, times: Tensor, horizon: int,
-                     gen: torch.Generator, sweeps: bool = False,
-                     tube: float = math.inf) -> Tensor:
+                     gen: torch.Generator, sweeps: bool = False) -> Tensor:
         """Where the RNN really is: its own memories, at most horizon - 1 updates away from an
         encoder's, without a graph: (B, n, K, d).
 
@@ -422,20 +421,12 @@ class RNN(nn.Module):
         the start of a piece the memory is the encoder's, from there the RNN runs alone, all pieces
         at once. With `sweeps` instead horizon - 1 Jacobi sweeps m_t <- f(m_{t-1}, x_t) over all
         times at once; n - 1 of them are the exact rollout.
-
-        A memory with a mean square error above `tube` is put back on its label: it has lost what
-        the label holds, no later input brings that back, and whoever learns from there learns to
-        forget.
         """
         n, times = x.shape[1], on_device(times, x.device)
         horizon, own = min(horizon, n), labels.detach().clone()
 
         def run(before: slice, now: slice) -> None:
-            m = self.update(own[:, before], x[:, now], times[now]).to(own.dtype)
-            if tube < math.inf:
-                lost = (m - labels[:, now]).square().mean((2, 3), keepdim=True) > tube
-                m = torch.where(lost, labels[:, now], m)
-            own[:, now] = m
+            own[:, now] = self.update(own[:, before], x[:, now], times[now]).to(own.dtype)
 
         if sweeps:
             # sweep i makes the first i memories exact; the rest come closer, too

@@ -55,7 +55,6 @@ PRESETS["laptop"] = {
     "span":              (_,            16,           _),
     "spans":             (_,            0,            _),
     "sweeps":            (_,            False,        _),
-    "tube":              (_,            0.0,          _),
     "truncate":          (_,            _,            0),
     "recompute":         (_,            _,            0),
 
@@ -172,13 +171,11 @@ KINDS["laptop", "synthetic"] = {
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
     "futures":           (32,           32,           _),
-    # a symbol that the RNN has lost cannot be asked for: short rollouts first, near the labels
+    # a symbol that the RNN has lost cannot be asked for: short rollouts first
     "horizon":           (_,            0,            _),
-    "tube":              (_,            0.5,          _),
 }
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "horizon":           (_,            0,            _),
-    "tube":              (_,            0.5,          _),
 }
 KINDS["paper", "mnist"] = {
     "levels": 256,

@@ -80,34 +80,12 @@ def test_sweeps_age_by_one():
 
 
 @pytest.mark.parametrize("sweeps", [False, True])
-def test_tube_puts_lost_memories_back(sweeps):
-    """No memory is further from its label than the tube is wide, and those inside the tube are the
-    RNN's own."""
-    rnn, labels, x = setting()
-    times = torch.arange(T)
-    free = rnn.own_memories(labels, x, times, T, gen(), sweeps)
-    error = (free - labels).square().mean((2, 3))
-    # at t = 1 some sequences are inside and some are not
-    width = float(error[:, 1].sort().values[1])
-    own = rnn.own_memories(labels, x, times, T, gen(), sweeps, width)
-    assert (own - labels).square().mean((2, 3)).max() <= width + 1e-6
-    back = (own == labels).all(3).all(2)
-    assert back[:, 1].tolist() == (error[:, 1] > width).tolist()
-    assert not back[:, 1].all() and back[:, 1].any()
-    # what was put back goes on from there
-    for t in range(2, T) if not sweeps else ():
-        new = rnn.update(own[:, t - 1], x[:, t], torch.full((B,), t))
-        lost = (new - labels[:, t]).square().mean((1, 2), keepdim=True) > width
-        assert torch.allclose(own[:, t], torch.where(lost, labels[:, t], new), atol=1e-5)
-
-
-@pytest.mark.parametrize("sweeps", [False, True])
 def test_labels_stay_as_they_are(sweeps):
     """The RNN runs on a copy, and without a graph, whoever asks."""
     rnn, labels, x = setting()
     labels.requires_grad_()
     before = labels.detach().clone()
-    own = rnn.own_memories(labels, x, torch.arange(T), 5, gen(), sweeps, tube=0.5)
+    own = rnn.own_memories(labels, x, torch.arange(T), 5, gen(), sweeps)
     assert torch.equal(labels, before) and not own.requires_grad and own is not labels
 
 
@@ -161,13 +139,13 @@ class Task:
         return x, after(x)
 
 
-def under_way(span=3, horizon=T, tube=math.inf, n=10, seed=0, **changes):
+def under_way(span=3, horizon=T, n=10, seed=0, **changes):
     # networks as they were drawn are chaotic: in fp32 last digits grow with every update
     encoder, _, rnn = (net.double() for net in networks())
     with torch.no_grad():
         rnn.m0.copy_(encoder(torch.full((1, 1), 5))[0, 0])
     cfg, task, g = recipe(dmt, span=span, batch_size=n, **changes), Task(), gen(seed)
-    walk = dmt.begin(task.batch(n, g), encoder, rnn, horizon, tube, cfg, g)
+    walk = dmt.begin(task.batch(n, g), encoder, rnn, horizon, cfg, g)
     return encoder, rnn, cfg, task, g, walk
 
 
@@ -184,7 +162,7 @@ def test_a_walk_is_the_rollout(span):
         assert torch.allclose(walk.m, own[rows, walk.t - 1], atol=1e-8)
         assert torch.allclose(walk.labels, encoder(walk.x), atol=1e-5)
         made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, g)[1]
-        new += dmt.go_on(walk, made, task, encoder, T, math.inf, g)
+        new += dmt.go_on(walk, made, task, encoder, T, g)
         assert torch.equal(walk.y, after(walk.x))
     assert 2 * 10 <= new <= 3 * 10 and sum(map(len, task.drawn)) == 10 + new
 
@@ -200,7 +178,7 @@ def test_every_step_has_all_ages():
         for k in range(2):
             seen[mine, (walk.t + k)[mine]] += 1
         made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, g)[1]
-        assert dmt.go_on(walk, made, task, encoder, T, math.inf, g) == 4
+        assert dmt.go_on(walk, made, task, encoder, T, g) == 4
         assert walk.i.bincount().tolist() == [4] * 5
     for n in range(20):  # from where it was to its end
         t = int(seen[n, 1:].argmax()) + 1
@@ -208,27 +186,22 @@ def test_every_step_has_all_ages():
 
 
 def test_put_back_on_the_label():
-    """Outside the tube: those and no others. With a short horizon: about every `horizon` updates."""
+    """Nobody on the way, with whole rollouts. With a short horizon: about every `horizon` updates."""
     encoder, rnn, cfg, task, g, walk = under_way(span=2, n=40)
     made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, gen(1))[1].detach()
     rows = torch.arange(40)
-    dmt.go_on(walk, made, task, encoder, T, math.inf, g)
-    label, own = walk.labels[rows, walk.t - 1], walk.m.clone()
-    error = (own - label).square().mean((1, 2))
-    width = float(error.median())
-    for wide, expected in (math.inf, torch.zeros(40).bool()), (width, error > width):
-        again = under_way(span=2, n=40)
-        dmt.go_on(again[-1], made, again[3], encoder, T, wide, again[4])
-        assert torch.equal(again[-1].m, torch.where(expected[:, None, None], label, own))
+    dmt.go_on(walk, made, task, encoder, T, g)
+    label = walk.labels[rows, walk.t - 1]
+    assert ((walk.m == label).all(2).all(1) == (walk.i == 0)).all()
     back = 0
     for seed in range(20):
         again = under_way(span=2, n=40)
-        dmt.go_on(again[-1], made, again[3], encoder, 8, math.inf, gen(seed))
+        dmt.go_on(again[-1], made, again[3], encoder, 8, gen(seed))
         old = again[-1].i > 0
         back += float((again[-1].m == label)[old].all(2).all(1).float().mean()) / 20
     assert abs(back - 2 / 8) < 0.05
     again = under_way(span=2, n=40)
-    dmt.go_on(again[-1], made, again[3], encoder, 2, math.inf, again[4])
+    dmt.go_on(again[-1], made, again[3], encoder, 2, again[4])
     assert torch.equal(again[-1].m, again[-1].labels[rows, again[-1].t - 1])
 
 
@@ -246,7 +219,7 @@ def test_a_walk_is_kept_and_resumed():
     encoder, rnn, cfg, task, g, walk = under_way(span=3)
     for _ in range(3):
         made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, g)[1]
-        dmt.go_on(walk, made, task, encoder, T, math.inf, g)
+        dmt.go_on(walk, made, task, encoder, T, g)
     kept = dmt.kept(walk)
     again = dmt.resumed(kept, encoder, 10, T, 3, "cpu")
     for name, value in vars(walk).items():

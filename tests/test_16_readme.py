@@ -209,9 +209,6 @@ def test_numbers_in_the_text():
         sizes = f"d {c['d_model']}, K {c['mem_tokens']}, " \
                 f"{c['enc_layers']} + {c['dec_layers']} + {c['rnn_layers']} layers"
         assert re.search(rf"`{preset}` \|[^|]*\| {re.escape(sizes)} ", README), sizes
-    tube = resolved(dmt, "laptop", "retrieval")["tube"]
-    page = open(os.path.join(ROOT, "results", "paper", "README.md")).read()
-    assert f"`--tube {tube}`" in page and resolved(dmt, "laptop")["tube"] == 0
     paper = resolved(smt, "paper")
     assert f"{paper['batch_size'] // paper['micro']} sequences of a `paper` step" in README
 

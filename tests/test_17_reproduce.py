@@ -10,7 +10,7 @@ import torch
 
 import data
 import reproduce
-from figures import cost, credit, inside, nets, races, runs
+from figures import cost, credit, inside, nets, races, runs, tasks
 from figures.runs import Job, Lab
 
 
@@ -250,3 +250,15 @@ def test_a_race_is_judged_on_the_seeds_that_both_have():
     assert races.verdict(rows)[1] == "open"
     assert races.verdict([row("gru", "bptt", 0, 28.0), *rows[1:2]])[1] == "disagrees"
     assert races.verdict(rows[2:4])[1] == "open"  # nobody raced
+
+
+def test_what_both_have_solved_has_no_winner():
+    """Differences within 0.001 nats of the optimum mean nothing; a point that one lacks is left
+    out."""
+    excess = {("a", "dmt"): 1e-9, ("a", "bptt"): 1e-4, ("b", "dmt"): 0.1, ("b", "bptt"): 0.2,
+              ("c", "dmt"): 1e-5, ("c", "bptt"): 1e-2, ("d", "dmt"): 0.0}
+    said, verdict = tasks.judged(excess)
+    assert verdict == "agrees" and "at 2 of 3 points, BPTT at 0, both have solved 1" in said
+    assert tasks.judged(excess | {("d", "bptt"): 1.0, ("e", "dmt"): 2.0, ("e", "bptt"): 1.0})[1] \
+        == "open"
+    assert tasks.judged({("e", "dmt"): 2.0, ("e", "bptt"): 1.0})[1] == "disagrees"
