@@ -165,12 +165,13 @@ KINDS["any", "synthetic"] = {  # the paper: Tc = Tf = T for these
     "fut_len": 0,
 }
 KINDS["laptop", "synthetic"] = {
-    "minutes":           (6.0,          4.0,          10.0),
-    "batch_size":        (64,           _,            64),
-    "lr":                (_,            _,            2e-3),
+    "minutes":           (2.5,          7.5,          10.0),
+    "batch_size":        (64,           64,           64),
+    "lr":                (_,            5e-3,         2e-3),
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
-    "futures":           (32,           32,           _),
+    "futures":           (32,           0,            _),  # of random inputs to come: noise
+    "span":              (_,            32,           _),
     # a symbol that the RNN has lost cannot be asked for: short rollouts first
     "horizon":           (_,            0,            _),
 }

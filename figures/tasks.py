@@ -27,7 +27,7 @@ OTHERS = {
 def three(name: str, flags: dict, seed: int) -> list[Job]:
     """SMT, DMT and BPTT, with equal minutes for BPTT and the other two together."""
     flags = flags | UPDATER
-    return both(name, flags, (1.5, 1.5), seed) + \
+    return both(name, flags, (0.75, 2.25), seed) + \
         [Job(f"{name}-bptt-{seed}", "bptt", 3.0, flags | dict(seed=seed))]
 
 
