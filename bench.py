@@ -137,7 +137,7 @@ class Bench:
         cfg = self.dmt = dataclasses.replace(self.dmt, span=min(self.dmt.span, self.task.T - 1))
         batch = self.task.batch(cfg.batch_size, self.gen)
         with autocast(self.device):
-            self.walk = dmt.begin(batch, self.encoder, self.rnn, self.task.T, math.inf, cfg,
+            self.walk = dmt.begin(batch, self.encoder, self.rnn, self.task.T, cfg,
                                   self.gen)
 
     def dmt_ours(self) -> int:
@@ -149,7 +149,7 @@ class Bench:
                                          self.gen)
         self.learn(losses["loss"], self.optimizers)
         with autocast(self.device):
-            dmt.go_on(self.walk, made, self.task, self.encoder, self.task.T, math.inf, self.gen)
+            dmt.go_on(self.walk, made, self.task, self.encoder, self.task.T, self.gen)
         return made.shape[0] * made.shape[1]
 
     def dmt_reference(self) -> int:

@@ -124,7 +124,7 @@ def test_dmt_leaves_the_teacher_alone():
     for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
         p.requires_grad_(False)
     cfg = recipe(dmt, span=3, futures=9)
-    walk = dmt.begin(sequences(), encoder, rnn, 4, 1e9, cfg, gen())
+    walk = dmt.begin(sequences(), encoder, rnn, 4, cfg, gen())
     dmt.objective(rnn, tiny.heads(), walk, torch.ones(()), cfg, gen())[0]["loss"].backward()
     assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0))
     assert all(p.grad is not None for p in rnn.updater.parameters())
