@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import data as datasets
 import presets
+import ranks
 from console import fail, parser, pick_device, refuse
 from model import CHOICES, CheckpointError, load_checkpoint, odd_heads, problem
 from sources.files import Data
@@ -135,8 +136,9 @@ def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
         # links are followed: what they lead to would be replaced
         if ckpt and os.path.dirname(os.path.realpath(ckpt["path"])) == os.path.realpath(out_dir):
             fail(f"--out_dir {out_dir} holds {ckpt['path']}, where this run starts; give another")
+        # for the first rank to look: to a slower one its files would be another run's
         there = [f for f in ("ckpt.pt", "best.pt", "config.json")
-                 if os.path.exists(os.path.join(out_dir, f))]
+                 if not ranks.RANK and os.path.exists(os.path.join(out_dir, f))]
         if there and "ckpt.pt" not in there and not given.get("overwrite"):
             fail(f"--out_dir {out_dir} holds {there[0]} of a run whose ckpt.pt is gone; give "
                  "--overwrite or another --out_dir")

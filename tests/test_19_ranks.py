@@ -10,6 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, RUN, SIZES, TASK
 
+import flags
+import ranks
+import smt
+from sources.files import UserError
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
 # What every process runs: the command lines that it is given, one after another. With HALVES a
@@ -125,6 +130,16 @@ def test_a_stray_environment(env, tmp_path):
                           text=True, timeout=100, env=os.environ | env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "RANK" in done.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_a_slow_process_is_not_refused(tmp_path, monkeypatch):
+    """The first process has written its files before another one looks at the folder."""
+    (tmp_path / "config.json").write_text("{}")
+    line = [*TASK.split(), *SIZES.split(), "--out_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="config.json of a run"):
+        flags.parse("smt", smt.Config, line, "")
+    monkeypatch.setattr(ranks, "RANK", 1)
+    assert flags.parse("smt", smt.Config, line, "")[0].out_dir == str(tmp_path)
 
 
 def test_a_batch_that_does_not_divide(tmp_path):
