@@ -167,7 +167,7 @@ KINDS["any", "synthetic"] = {  # the paper: Tc = Tf = T for these
 KINDS["laptop", "synthetic"] = {
     "minutes":           (2.5,          7.5,          10.0),
     "batch_size":        (64,           64,           64),
-    "lr":                (_,            5e-3,         2e-3),
+    "lr":                (_,            5e-3,         5e-3),
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
     "futures":           (32,           0,            _),  # of random inputs to come: noise

@@ -67,7 +67,8 @@ def fig10(lab: Lab) -> tuple[str, str]:
                        r["after"] == "smt"),
                       key=lambda r: r["steps"])
         held = [[r[k] for k in r if k.startswith("held_")] for r in mine]
-        image = ax.imshow(held, aspect="auto", cmap=style.MAP, vmin=0.25, vmax=1)
+        times = T // 2 + 0.5, T - 0.5, len(mine) - 0.5, -0.5  # held_0 is that of t = T / 2 + 1
+        image = ax.imshow(held, aspect="auto", cmap=style.MAP, vmin=0.25, vmax=1, extent=times)
         ax.set(title=f"{kind}, Tf = 1", xlabel="t", yticks=range(len(mine)))
         ax.set_yticklabels([r["steps"] for r in mine])
         ax.grid(False)

@@ -74,7 +74,7 @@ def fig3(lab: Lab) -> tuple[str, str]:
         ax.set(title=task, xlabel=AXES[axis], xscale="log", yscale="log", ylim=(5e-7, 10))
         ax.set_xticks([*at], labels=map(str, at))
         ax.minorticks_off()
-    axes[0].legend(fontsize=7)
+    axes[3].legend(loc="lower center")  # where no curve is
     style.save(fig, lab.out("fig3.png"))
     return judged({((task, value), m): v for (task, value, m), v in means.items()})
 
