@@ -9,6 +9,7 @@ import torch
 from figures import races, style
 from figures.runs import (Job, Lab, argv_of, both, call, last_line, launch, log, say,
                           store, stored, table, train)
+from figures.text import LOOKS, MINUTES, TEXT
 from console import fail
 from model import RNN, UPDATERS, Decoder, ModelConfig, rope
 
@@ -173,12 +174,12 @@ def token_costs(name: str, sizes: dict, past: tuple, repeats: int):
 def fig6(lab: Lab) -> tuple[str, str]:
     """The RNN's validation loss against minutes, tokens and sequential layers, from the logs of
     race14 and of the same runs on TinyStories."""
-    text, jobs = dict(dataset="tinystories", n_val=50), []
+    jobs = []
     updaters = ("gru",) if lab.quick else races.UPDATERS
     for rnn in updaters:
-        f = text | dict(rnn=rnn) | races.NETWORKS[rnn]
-        jobs += both(f"text-{rnn}", f, (2.4, 3.6), dmt=dict(n_val=50)) + \
-            [Job(f"text-{rnn}-bptt-0", "bptt", 6.0, f | dict(seed=0))]
+        f = TEXT | dict(rnn=rnn) | races.NETWORKS[rnn]
+        jobs += both(f"text-{rnn}", f, MINUTES, dmt=LOOKS) + \
+            [Job(f"text-{rnn}-bptt-0", "bptt", sum(MINUTES), f | dict(eval_every=25, seed=0))]
     jobs += races.race_jobs("race14", (0,), updaters, extra=False)
 
     def measure():

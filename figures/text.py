@@ -2,8 +2,9 @@
 from figures import style
 from figures.runs import Lab, both, log, scores, table, train
 
-TEXT = dict(dataset="tinystories", rnn="gru", n_val=50)
-MINUTES = (2.4, 3.6)       # SMT, DMT
+LOOKS = dict(n_val=50, eval_every=100)
+TEXT = dict(dataset="tinystories", rnn="gru") | LOOKS
+MINUTES = (1.2, 1.8)       # SMT, DMT; BPTT has both
 BASE = "text-gru"          # also a run of figure 6: K = 4, d = 64, two layers, the whole window
 SIZES = {                  # panel -> (what is changed, values, the preset's own among them)
     "context": ("ctx_len", (8, 16, 32, 64), 128),
@@ -17,15 +18,14 @@ LAYERS = "enc_layers", "dec_layers", "rnn_layers"
 def runs_of(lab: Lab, panel: str) -> dict:
     """value -> SMT and DMT jobs, sorted by value."""
     flag, values, usual = SIZES[panel]
-    jobs = {usual: both(BASE, TEXT, MINUTES, dmt=dict(n_val=50))}
+    jobs = {usual: both(BASE, TEXT, MINUTES, dmt=LOOKS)}
     for value in lab.few(values):
         changed = dict.fromkeys(LAYERS, value) if panel == "depth" else {flag: value}
         # a GRU has one layer whatever it is told: depth is a question to the Transformer updater
         changed |= dict(rnn="transformer") if panel == "depth" else {}
-        jobs[value] = both(f"text-{panel}-{value}", TEXT | changed, MINUTES, dmt=dict(n_val=50))
+        jobs[value] = both(f"text-{panel}-{value}", TEXT | changed, MINUTES, dmt=LOOKS)
     if panel == "depth":
-        jobs[usual] = both("text-transformer", TEXT | dict(rnn="transformer"), MINUTES,
-                           dmt=dict(n_val=50))
+        jobs[usual] = both("text-transformer", TEXT | dict(rnn="transformer"), MINUTES, dmt=LOOKS)
     return dict(sorted(jobs.items()))
 
 
@@ -117,7 +117,7 @@ DYN, UNIF = (0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 0.001, 0.01)
 def grid_jobs(dyn: float, unif: float) -> list:
     """SMT with these weights, and the DMT that follows it."""
     return both(f"text-grid-{dyn:g}-{unif:g}", TEXT | dict(lambda_dyn=dyn, lambda_unif=unif),
-                (2.4, 2.0), dmt=dict(n_val=50))
+                MINUTES, dmt=LOOKS)
 
 
 def fig12(lab: Lab) -> tuple[str, str]:
