@@ -13,8 +13,8 @@ TASKS = {
     "modular": ("examples", (4, 8, 16), {}),
     "stack": ("depth", (2, 5, 10), {}),
 }
-# BPTT's rate where the better of 5e-3, the preset's, and 1e-2 is the larger one: with another seed
-BPTT_LR = dict(retrieval=1e-2)
+# BPTT is run at two rates, and its better one counts, point by point; one rate suits no two tasks
+RATES = dict(retrieval=(2e-3, 1e-2))
 AXES = dict(length="T", keys="pairs", examples="examples", depth="depth")
 
 OTHERS = {
@@ -26,24 +26,35 @@ OTHERS = {
 }
 
 
-def three(name: str, flags: dict, seed: int) -> list[Job]:
-    """SMT, DMT and BPTT, with equal minutes for BPTT and the other two together."""
-    flags, task = flags | UPDATER, flags["dataset"]
-    rate = dict(lr=BPTT_LR[task]) if task in BPTT_LR else {}
+def runs_of(name: str, flags: dict, seed: int) -> list[Job]:
+    """SMT, DMT, and BPTT at each of its rates; BPTT has as many minutes as the other two
+    together."""
+    flags, rates = flags | UPDATER, RATES.get(flags["dataset"], (2e-3, 5e-3))
     return both(name, flags, (0.75, 2.25), seed) + \
-        [Job(f"{name}-bptt-{seed}", "bptt", 3.0, flags | rate | dict(seed=seed))]
+        [Job(f"{name}-bptt-{lr:g}-{seed}", "bptt", 3.0, flags | dict(lr=lr, seed=seed))
+         for lr in rates]
 
 
 def compared(lab: Lab, jobs: dict):
-    """Trains {key: three(..)} and yields (key, a row of numbers) for each run that has finished."""
+    """Trains {key: runs_of(..)} and yields (key, a row of numbers) for each run that has
+    finished."""
     got = scores(lab, train(lab, sum(jobs.values(), [])), 1000)
     for key, runs in jobs.items():
-        for job, method in zip(runs, ("smt", "dmt", "bptt")):
+        for job in runs:
             if s := got.get(job.name):
-                yield key, dict(method=method, excess=s["excess"], stderr=s["stderr"],
+                yield key, dict(method=job.script, lr=job.flags.get("lr"), excess=s["excess"],
+                                stderr=s["stderr"],
                                 late_excess=(s["late_excess"] or {}).get("rollout"),
                                 teacher=s["excess_all"]["teacher"],
                                 accuracy=(s["accuracy"] or {}).get("rollout"), bayes=s["bayes"])
+
+
+def counted(rows: list[dict]) -> list[dict]:
+    """Without the worse of BPTT's rates."""
+    best = {}
+    for r in sorted(rows, key=lambda r: -r["excess"]):  # the last one stays
+        best[r["task"], r.get("value"), r["seed"], r["method"]] = r
+    return [r for r in rows if any(r is b for b in best.values())]
 
 
 def fig3(lab: Lab) -> tuple[str, str]:
@@ -52,14 +63,14 @@ def fig3(lab: Lab) -> tuple[str, str]:
     for task, (axis, values, rest) in TASKS.items():
         for value in lab.few(values):
             for seed in lab.seeds or ((0,) if lab.quick else (0, 1)):
-                jobs[task, value, seed] = three(f"{task}-{value}",
-                                                dict(dataset=task) | {axis: value} | rest, seed)
+                jobs[task, value, seed] = runs_of(f"{task}-{value}",
+                                                  dict(dataset=task) | {axis: value} | rest, seed)
 
     def measure():
         for (task, value, seed), row in compared(lab, jobs):
             yield dict(task=task, value=value, seed=seed) | row
 
-    rows = table(lab, measure)
+    rows = counted(table(lab, measure))
     fig, axes = style.panels(5, rows=1, y="nats over the Bayes optimum", height=3.4)
     means = {}
     for ax, (task, (axis, _, _)) in zip(axes, TASKS.items()):
@@ -128,14 +139,14 @@ def fig13(lab: Lab) -> tuple[str, str]:
 
 def others(lab: Lab) -> tuple[str, str]:
     """Nats over the Bayes optimum on tasks that are not in Figure 3, as there."""
-    jobs = {(task, seed): three(task.replace(", ", "-").replace(" ", "-"), flags, seed)
+    jobs = {(task, seed): runs_of(task.replace(", ", "-").replace(" ", "-"), flags, seed)
             for task, flags in OTHERS.items() for seed in lab.seeds or (0,)}
 
     def measure():
         for (task, seed), row in compared(lab, jobs):
             yield dict(task=task, seed=seed) | row
 
-    rows = table(lab, measure)
+    rows = counted(table(lab, measure))
     fig, axes = style.panels(1, y="nats over the Bayes optimum", height=3.6)
     for method in ("bptt", "teacher", "dmt"):
         key, source = ("teacher", "dmt") if method == "teacher" else ("excess", method)
