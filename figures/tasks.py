@@ -13,7 +13,7 @@ TASKS = {
     "modular": ("examples", (4, 8, 16), {}),
     "stack": ("depth", (2, 5, 10), {}),
 }
-# BPTT is run at two rates, and its better one counts, point by point; one rate suits no two tasks
+# BPTT is run at two rates, and the better one counts, point by point: no rate suits all tasks
 RATES = dict(retrieval=(2e-3, 1e-2))
 AXES = dict(length="T", keys="pairs", examples="examples", depth="depth")
 

@@ -262,3 +262,12 @@ def test_what_both_have_solved_has_no_winner():
     assert tasks.judged(excess | {("d", "bptt"): 1.0, ("e", "dmt"): 2.0, ("e", "bptt"): 1.0})[1] \
         == "open"
     assert tasks.judged({("e", "dmt"): 2.0, ("e", "bptt"): 1.0})[1] == "disagrees"
+
+
+def test_the_better_rate_of_bptt_counts():
+    """Seed by seed and point by point; a run of ours at the same point stays."""
+    row = lambda method, value, seed, excess: dict(task="copy", method=method, value=value,
+                                                   seed=seed, excess=excess)
+    rows = [row("dmt", 9, 0, 0.3), row("bptt", 9, 0, 0.1), row("bptt", 9, 0, 0.2),
+            row("bptt", 9, 1, 0.4), row("bptt", 9, 1, 0.2), row("bptt", 17, 0, 0.5)]
+    assert tasks.counted(rows) == [rows[i] for i in (0, 1, 4, 5)]
