@@ -8,7 +8,7 @@ MINUTES = (1.2, 1.8)       # SMT, DMT; BPTT has both
 BASE = "text-gru"          # also a run of figure 6: K = 4, d = 64, two layers, the whole window
 SIZES = {                  # panel -> (what is changed, values, the preset's own among them)
     "context": ("ctx_len", (8, 16, 32, 64), 128),
-    "memory": ("mem_tokens", (1, 2, 8, 16), 4),
+    "memory": ("numbers", (4, 16, 64, 128, 512, 1024), 256),
     "width": ("d_model", (32, 128), 64),
     "depth": ("rnn_layers", (1, 4), 2),
 }
@@ -21,6 +21,9 @@ def runs_of(lab: Lab, panel: str) -> dict:
     jobs = {usual: both(BASE, TEXT, MINUTES, dmt=LOOKS)}
     for value in lab.few(values):
         changed = dict.fromkeys(LAYERS, value) if panel == "depth" else {flag: value}
+        if panel == "memory":  # K tokens of 64 numbers, or one that is smaller
+            changed = dict(mem_tokens=value // 64) if value > 63 else \
+                dict(mem_tokens=1, mem_dim=value)
         # a GRU has one layer whatever it is told: depth is a question to the Transformer updater
         changed |= dict(rnn="transformer") if panel == "depth" else {}
         jobs[value] = both(f"text-{panel}-{value}", TEXT | changed, MINUTES, dmt=LOOKS)
@@ -50,11 +53,13 @@ def sizes(lab: Lab, panels: tuple[str, str]) -> tuple[str, str]:
         for key, method in (("teacher", "teacher"), ("rollout", "dmt")):
             ax.errorbar([r["value"] for r in mine], [r[key] for r in mine],
                         yerr=[r["stderr"] for r in mine], capsize=2, **style.of(method))
-        ax.set(xlabel={"context": "Tc", "memory": "memory tokens of 64 numbers", "width": "d",
+        ax.set(xlabel={"context": "Tc", "memory": "numbers in the memory", "width": "d",
                        "depth": "layers of each network"}[panel], xscale="log", title=panel)
+        best = min(mine, key=lambda r: r["rollout"])
         told.append(f"{panel} {mine[0]['value']} to {mine[-1]['value']}: "
-                    f"{mine[0]['rollout']:.3f} to {mine[-1]['rollout']:.3f}")
-        better.append(mine[-1]["rollout"] < mine[0]["rollout"])
+                    f"{mine[0]['rollout']:.3f} to {mine[-1]['rollout']:.3f}, "
+                    f"best at {best['value']}: {best['rollout']:.3f}")
+        better.append(best is mine[-1])
     axes[0].legend()
     style.save(fig, lab.out(f"{lab.name}.png"))
     return "nats per character, " + "; ".join(told), \
@@ -80,7 +85,7 @@ def fig9(lab: Lab) -> tuple[str, str]:
             for job in pair:
                 for r in log(lab, job.name):
                     if "val_rollout" in r:
-                        yield dict(numbers=64 * value, minutes=before + r["seconds"] / 60,
+                        yield dict(numbers=value, minutes=before + r["seconds"] / 60,
                                    nats=r["val_rollout"])
                 before += log(lab, job.name)[-1]["seconds"] / 60
 
