@@ -55,6 +55,8 @@ def sizes(lab: Lab, panels: tuple[str, str]) -> tuple[str, str]:
                         yerr=[r["stderr"] for r in mine], capsize=2, **style.of(method))
         ax.set(xlabel={"context": "Tc", "memory": "numbers in the memory", "width": "d",
                        "depth": "layers of each network"}[panel], xscale="log", title=panel)
+        ax.set_xticks([r["value"] for r in mine], [str(r["value"]) for r in mine])
+        ax.minorticks_off()
         best = min(mine, key=lambda r: r["rollout"])
         told.append(f"{panel} {mine[0]['value']} to {mine[-1]['value']}: "
                     f"{mine[0]['rollout']:.3f} to {mine[-1]['rollout']:.3f}, "
