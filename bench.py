@@ -89,7 +89,7 @@ class Bench:
         torch.manual_seed(0)
         self.encoder, self.decoder, self.rnn = (
             net(c).to(device) for net in (Encoder, Decoder, RNN))
-        self.heads = Heads(c).to(device) if c.heads else None
+        self.heads = Heads(c).to(device) if c.heads or c.past else None
         self.their_encoder = Encoder(dataclasses.replace(c, encoder="bidirectional")).to(device)
         self.gen = torch.Generator().manual_seed(0)
         self.walk, self.one = None, torch.ones((), device=device)

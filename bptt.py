@@ -78,7 +78,8 @@ def demand_rnn(rnn: RNN | None, ckpt: dict) -> None:
 def main(argv) -> None:
     # The encoder's flags would be accepted and forgotten: nobody makes labels here.
     cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
-                            unused=("encoder", "enc_layers", "ctx_len", "fut_len", "heads"))
+                            unused=("encoder", "enc_layers", "ctx_len", "fut_len", "heads",
+                                    "past"))
     device, task = trainer.setup(cfg, ckpt)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)

@@ -39,8 +39,7 @@ class Config(flags.Config):
     lambda_mse: float = flag("weight of Eq. 6, in units of the labels' variance")
     lambda_dec: float = flag("weight of the predictions, Eq. 2, read by the readout")
     detach_dec: bool = flag("predictions teach the readout alone; the paper: yes")
-    futures: int = flag("spans whose last memory must predict its future; the paper: 0")
-    lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
+    lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
     horizon: int = flag("updates the RNN runs alone, about; 0 = from 16 to all of them")
     sweeps: bool = flag("find own memories at the start by sweeps over all times at once")
@@ -155,7 +154,7 @@ def objective(rnn: RNN, heads: Heads | None, walk: Walk, variance: Tensor, cfg: 
     # The paper's way: predictions teach the readout to read, and the updater learns from Eq. 6
     # alone.
     read = made.detach() if cfg.detach_dec else made
-    dec = predictive(rnn.readout, heads, read, when, x, y, cfg, gen, density, ends=True)  # Eq. 2
+    dec = predictive(rnn.readout, heads, read, when, x, y, cfg, gen, density)           # Eq. 2
     return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec, made
 
 

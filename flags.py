@@ -28,7 +28,8 @@ GROUPS = {  # of flags, in the order of --help
 
 USELESS = (  # flags, and the value of another one with which they change nothing
     ("rnn_layers", "rnn", "gru"), ("lambda_fut", "futures", 0), ("sweeps", "horizon", 1),
-    ("futures first heads lambda_fut detach_dec decode_own", "lambda_dec", 0),
+    ("lambda_past", "past", 0),
+    ("futures first heads past lambda_fut lambda_past detach_dec decode_own", "lambda_dec", 0),
     *(("timestamps", "dataset", name) for name in datasets.TEXTS))
 
 
@@ -66,6 +67,7 @@ class Config(Options):
     fut_len: int = flag("Tf: the decoder predicts so many outputs; 0 = the sequence", "networks")
     mem_dim: int = flag("d: width of a memory token; 0 = d_model", "networks")
     heads: int = flag("F: linear heads predict the next F targets; 0 = none", "networks")
+    past: int = flag("P: linear heads recall the last P inputs; 0 = none", "networks")
     timestamps: str = flag("who is told the time of a token, in tasks of one length", "networks",
                            CHOICES["timestamps"])
 

@@ -1,17 +1,18 @@
 """Eq. 2: what a memory must predict. Encoder, RNN and readout are all judged by these functions.
 
 The paper decodes the whole future of one memory a sequence. A step can ask all its memories, if it
-asks cheaply; the sum of three questions is
+asks cheaply; the sum of four questions is
 
     futures   the paper's: a causal decoder reads the memory and the inputs to come, and predicts
-              Tf outputs (--futures of them a step). In DMT at the end of every span, where it is
-              the critic: it knows what a memory is worth to steps that no gradient comes back from
+              Tf outputs (--futures of them a step). In SMT alone, as in the paper
     first     y_t alone, from the memory alone: what the readout will be used for. Only a part is
               decoded (--first), most of it where a cheap guess goes wrong
     heads     the next F targets from every memory, by one linear map (--heads; model.Heads). They
               make the guess
+    past      the last P inputs from every memory, by another (--past). A gradient that crosses few
+              updates cannot say that an old input will be needed; who keeps them all is ready
 
---first 0 --heads 0 is the paper's SMT; its DMT is --first 1 --heads 0 --futures 0.
+--first 0 --heads 0 --past 0 is the paper's SMT; its DMT is the same with --first 1.
 """
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,13 @@ def next_targets(y: Tensor, t: Tensor, n: int) -> Tensor:
     return found.masked_fill(index >= valid.sum(1)[:, None, None], -1)
 
 
+def last_inputs(x: Tensor, t: Tensor, n: int) -> Tensor:
+    """The n inputs that were read last at the times t (N, S) of x (N, T), newest first: x_t ..
+    x_{t-n+1} (N, S, n); -1 for BOS, which is no news, and for what was before it."""
+    when = t[..., None] - torch.arange(n, device=x.device)                      # (N, S, n)
+    return x.gather(1, when.clamp(min=0).flatten(1)).view(when.shape).masked_fill(when < 1, -1)
+
+
 def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     """n rows in proportion to score (N,) >= 0 -> (rows (n,), weights (n,)): the mean over them of
     weight * value estimates the mean of value over all N without bias, where score > 0.
@@ -74,19 +82,19 @@ def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: Tensor, y: Tensor,
-               cfg, gen: torch.Generator, density: float = 1.0,
-               ends: bool = False) -> dict[str, Tensor]:
+               cfg, gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
     """L_dec, Eq. 2: memories m (N, S, K, d) at times t (N, S) of sequences x, y (N, T) int64 must
-    predict. Named scalars; "dec" is their sum, the futures' weight --lambda_fut. `decoder` is the
-    teacher's, or the RNN's readout. `density` is the part of all times that have a target, about
-    (to count them would mean to wait for a GPU). `ends`: the futures are those of the last
-    memories, m[:, -1].
+    predict. Named scalars; "dec" is their sum, weighed by --lambda_fut and --lambda_past.
+    `decoder` is the teacher's, or the RNN's readout. `density` is the part of all times that have a
+    target, about (to count them would mean to wait for a GPU).
     """
     out, target = {}, y.gather(1, t).flatten()
     valid = (target >= 0).float()
     wrong, rows = valid, m.flatten(0, 1)                    # without heads no place is special
-    if heads is not None:
-        guess, ahead = heads(rows), next_targets(y, t, heads.shape[0]).flatten(0, 1)   # (N S, F, V)
+    if heads is not None and heads.P:
+        out["past"] = cross_entropy(heads.recall(rows), last_inputs(x, t, heads.P).flatten(0, 1))
+    if heads is not None and heads.F:
+        guess, ahead = heads(rows), next_targets(y, t, heads.F).flatten(0, 1)   # (N S, F, V)
         # the very next target counts as much as all of them together
         out["heads"] = cross_entropy(guess, ahead) + cross_entropy(guess[:, 0], ahead[:, 0])
         # How wrong the heads are says where to look; it shall not teach them to look wrong, hence
@@ -101,17 +109,12 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         logits = decoder(rows[some])[:, 0].float()
         nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
         out["first"] = (weight * nats).mean() / valid.mean().clamp(min=1e-9)
-    if cfg.futures:  # Eq. 2 as the paper has it
+    if whole := getattr(cfg, "futures", 0):  # Eq. 2 as the paper has it; DMT has no such flag
         S = t.shape[1]
-        if ends:
-            # evenly: neighbours may be sequences that have come equally far
-            few = min(cfg.futures, len(t))
-            some = torch.arange(few, device=m.device) * len(t) // few * S + S - 1
-        else:
-            some = on_device(torch.randperm(len(rows), generator=gen)[:cfg.futures], m.device)
+        some = on_device(torch.randperm(len(rows), generator=gen)[:whole], m.device)
         n, now = some // S, t.flatten()[some]
         x_fut, y_fut = futures(x, y, n, now, min(decoder.c.fut_len, x.shape[1]))
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
-    weight = dict(futures=cfg.lambda_fut)
+    weight = dict(past=cfg.lambda_past, futures=getattr(cfg, "lambda_fut", 1.0))
     total = sum((weight.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))
     return dict(dec=total) | out

@@ -11,7 +11,7 @@ Glossary (paper's symbol, shape, meaning; the same names everywhere in this proj
     V                                  output symbols; inputs have ids of their own, the last is BOS
     Tc, Tf  T_ctx, T_fut               most context tokens an encoder pass reads; future outputs a
                                        decoder predicts
-    F                                  future targets that the heads predict at once
+    F, P                               future targets, and last inputs, that the heads say at once
     n                                  times at which one encoder pass makes memories
     N, S                               rows of any batch (often B * n), positions of any stream;
                                        in spans, updates
@@ -65,6 +65,7 @@ class ModelConfig:
     ctx_len: int = 0        # Tc
     fut_len: int = 16       # Tf
     heads: int = 28         # F
+    past: int = 0           # P
     timestamps: str = "all"
 
     def __post_init__(self):
@@ -443,18 +444,26 @@ class RNN(nn.Module):
 
 
 class Heads(nn.Module):
-    """Multi-token prediction: linear maps from a memory to its next F targets. They make every
-    memory say what comes, for almost nothing. They help to train; no reported number reads them."""
+    """Linear maps from a memory to its next F targets, and to the P inputs it has read last. They
+    make every memory say what comes and what came, for almost nothing. They help to train; no
+    reported number reads them."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.shape = (c.heads, c.n_out)
-        self.linear = nn.Linear(c.mem_tokens * c.mem_dim, c.heads * c.n_out, bias=False)
-        nn.init.zeros_(self.linear.weight)  # as the decoder's: predictions start uniform
+        self.F, self.P, size = c.heads, c.past, c.mem_tokens * c.mem_dim
+        self.linear = nn.Linear(size, c.heads * c.n_out, bias=False) if c.heads else None
+        self.past = nn.Linear(size, c.past * (c.vocab - 1), bias=False) if c.past else None
+        for w in (self.linear, self.past):
+            if w is not None:
+                nn.init.zeros_(w.weight)  # as the decoder's: predictions start uniform
 
     def forward(self, m: Tensor) -> Tensor:
-        """m (N, K, d) -> logits (N, F, V)."""
-        return self.linear(m.flatten(1)).unflatten(1, self.shape)
+        """m (N, K, d) -> logits (N, F, V) of y_t, y_{t+1} .."""
+        return self.linear(m.flatten(1)).unflatten(1, (self.F, -1))
+
+    def recall(self, m: Tensor) -> Tensor:
+        """m (N, K, d) -> logits (N, P, inputs without BOS) of x_t, x_{t-1} .."""
+        return self.past(m.flatten(1)).unflatten(1, (self.P, -1))
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -468,7 +477,7 @@ RESUMES = dict(step=int, tokens=int, layers=int, elapsed=float, best=float, metr
 # Smallest and largest value of sizes and of flags; 0 and 1e12 where nothing is said.
 RANGES = {name: (low, high) for names, low, high in (
     ("T vocab", 2, 10 ** 7), ("n_out d_model mem_tokens", 1, 10 ** 6),
-    ("head_dim mem_dim", 0, 10 ** 6), ("ctx_len fut_len heads", 0, 10 ** 7),
+    ("head_dim mem_dim", 0, 10 ** 6), ("ctx_len fut_len heads past", 0, 10 ** 7),
     ("n_heads enc_layers dec_layers rnn_layers", 1, 1000), ("n_val", 1, 10 ** 5),
     ("batch_size log_every span micro", 1, 10 ** 9), ("first ema decay", 0, 1),
     ("rnn_from", 0, 0.9), ("lr", 1e-12, 1e18), ("seed", 0, 10 ** 18),
@@ -522,8 +531,8 @@ def demand_usable(ckpt, flags) -> None:
     if bad := problem(ckpt["config"], flags) or problem(vars(c), dataclasses.fields(c)) \
             or odd_heads(c):
         raise ValueError(bad)
-    if not max(c.ctx_len, c.fut_len, c.heads) <= c.T or not c.ctx_len or not c.fut_len:
-        raise ValueError("Tc, Tf and F do not fit its T")
+    if not max(c.ctx_len, c.fut_len, c.heads, c.past) <= c.T or not c.ctx_len or not c.fut_len:
+        raise ValueError("Tc, Tf, F and P do not fit its T")
     if image is not None and (list(map(type, image)) != [int, int] or math.prod(image) != c.T):
         raise ValueError(f"its picture is {image}")
     names = [name for name in NETWORKS if name in ckpt]

@@ -26,11 +26,12 @@ PRESETS["laptop"] = {
     "ctx_len": 0,
     "fut_len": 28,
     "heads": 28,
+    "past": 112,
     "timestamps": "all",
 
     # the optimiser       SMT           DMT           BPTT
     "optimizer": "muon",
-    "lr":                (5e-3,         2e-3,         5e-3),
+    "lr":                (5e-3,         3e-3,         5e-3),
     "warmup":            (50,           30,           50),
     "decay": 0.05,
     "ema": 0.99,
@@ -48,8 +49,9 @@ PRESETS["laptop"] = {
     "rnn_from":          (0.5,          _,            _),
     "decode_own":        (True,         _,            _),
     "first":             (0.25,         0.15,         _),
-    "futures":           (48,           128,          _),
-    "lambda_fut":        (0.25,         1.75,         _),  # DMT: 28 futures to 16 updates
+    "futures":           (48,           _,            _),
+    "lambda_fut":        (0.25,         _,            _),
+    "lambda_past":       (2.0,          2.0,          _),
     "horizon":           (0,            1_000_000,    _),  # DMT: whole rollouts from the start
     "micro":             (1,            _,            _),
     "span":              (_,            16,           _),
@@ -84,7 +86,7 @@ PRESETS["gpu"] = {  # the paper's widths and depths, with the laptop's cheap lab
     "rnn_batch":         (4,            _,            _),
     "horizon":           (32,           _,            _),
     "first":             (0.1,          0.25,         _),
-    "futures":           (128,          128,          _),
+    "futures":           (128,          _,            _),
     "recompute":         (_,            _,            28),
     "minutes":           (12.0,         5.0,          17.0),
     "log_every":         (50,           20,           5),
@@ -106,6 +108,7 @@ PRESETS["paper"] = {
     "ctx_len": 256,
     "fut_len": 64,
     "heads": 0,
+    "past": 0,
     "timestamps": "none",
     "optimizer": "adamw",
     "ema": 0.0,
@@ -122,8 +125,8 @@ PRESETS["paper"] = {
     "rnn_from":          (0.0,          _,            _),
     "decode_own":        (False,        _,            _),
     "first":             (0.0,          1.0,          _),
-    "futures":           (32,           0,            _),  # of a micro-batch: one a sequence
-    "lambda_fut":        (1.0,          1.0,          _),
+    "futures":           (32,           _,            _),  # of a micro-batch: one a sequence
+    "lambda_fut":        (1.0,          _,            _),
     "horizon":           (1,            256,          _),
     "micro":             (4,            _,            _),
     "span":              (_,            1,            _),
@@ -170,7 +173,7 @@ KINDS["laptop", "synthetic"] = {
     "lr":                (_,            5e-3,         5e-3),
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
-    "futures":           (32,           0,            _),  # of random inputs to come: noise
+    "futures":           (32,           _,            _),
     "span":              (_,            32,           _),
     # a symbol that the RNN has lost cannot be asked for: short rollouts first
     "horizon":           (_,            0,            _),

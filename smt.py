@@ -39,6 +39,7 @@ class Config(flags.Config):
     horizon: int = flag("learn also after so many updates alone; 0 = all; the paper: 1")
     futures: int = flag("memories that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
+    lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that must predict y_t alone; the paper: 0")
     micro: int = flag("parts of a batch; each has times of its own")
 
@@ -157,7 +158,7 @@ def main(argv) -> None:
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
-    heads = Heads(c).to(device) if c.heads else None
+    heads = Heads(c).to(device) if c.heads or c.past else None
     nets = dict(encoder=encoder, decoder=decoder, rnn=rnn) | (dict(heads=heads) if heads else {})
     # Two groups, whose gradients are clipped apart, as the paper does. Readout and m_0 of the RNN
     # are copies of the teacher's and not trained.

@@ -55,7 +55,7 @@ def setup(cfg, ckpt: dict | None = None) -> tuple[str, Data]:
 
 
 def model_config(cfg, task: Data) -> ModelConfig:
-    """Network sizes from flags and data; Tc, Tf and F are cut to the sequence. Raises
+    """Network sizes from flags and data; Tc, Tf, F and P are cut to the sequence. Raises
     UserError."""
     # 0 means the whole sequence, and no more than that can be read or predicted.
     cut = lambda n: min(n, task.T) if n else task.T
@@ -67,7 +67,7 @@ def model_config(cfg, task: Data) -> ModelConfig:
     sizes = {k: v for k, v in vars(cfg).items() if k in names}
     return ModelConfig(**sizes | dict(
         vocab=task.vocab, n_out=task.n_out, T=task.T, ctx_len=cut(cfg.ctx_len),
-        fut_len=cut(cfg.fut_len), heads=min(cfg.heads, task.T),
+        fut_len=cut(cfg.fut_len), heads=min(cfg.heads, task.T), past=min(cfg.past, task.T - 1),
         timestamps=cfg.timestamps if task.timestamps else "none"))
 
 

@@ -30,7 +30,7 @@ def credit_job(detached: bool, Tf: int, steps: int) -> Job:
 def after_dmt(smt: Job) -> Job:
     """The paper's DMT: one update, labels, and a readout that learns by itself. After SMT alone the
     rollout drifts whatever the memories hold; it can only be taught what its labels hold."""
-    own = dict(span=1, lambda_mse=1.0, detach_dec=True, futures=0, steps=400, seed=0, n_val=500,
+    own = dict(span=1, lambda_mse=1.0, detach_dec=True, steps=400, seed=0, n_val=500,
                eval_every=0)
     return Job(smt.name.replace("credit", "credited"), "dmt", 0, own, smt.name)
 

@@ -63,8 +63,7 @@ def spans(lab: Lab) -> tuple[str, str]:
     smt = next(job for job in jobs if job.script == "smt")
     left = races.RACES["race14"]["minutes"] - smt.minutes
     curve = {s: Job(f"spans-{RNN}-{s}-0", "dmt", left,
-                    dict(span=s, batch_size=max(1, 2048 // s), lambda_fut=28 / s,
-                         futures=min(512, max(1, 2048 // s)), n_val=100, seed=0), smt.name)
+                    dict(span=s, batch_size=max(1, 2048 // s), n_val=100, seed=0), smt.name)
              for s in lab.few((1, 2, 4, 8, 16, 32, 64, 128, 195), 2)}
 
     def measure():

@@ -5,9 +5,10 @@
     python reproduce.py racegpu --together 1       # 28x28 at the gpu preset's sizes, 17 minutes
 
 Besides BPTT and SMT -> DMT, on the first seed, what could explain a result: DMT that crosses one
-update (--span 1, our loss), DMT without labels (--lambda_mse 0), BPTT whose gradient crosses no
-more than DMT's does (--truncate) from scratch and after SMT, and all of BPTT after SMT. What
-starts from SMT has its minutes left over. Figures 4, 6 and 17 use these runs.
+update (--span 1, our loss), DMT without labels (--lambda_mse 0) and without recalling the past
+(--lambda_past 0), BPTT whose gradient crosses no more than DMT's does (--truncate) from scratch and
+after SMT, and all of BPTT after SMT. What starts from SMT has its minutes left over. Figures 4, 6
+and 17 use these runs.
 """
 import math
 import os
@@ -22,26 +23,26 @@ from figures.runs import Job, Lab, log, scores, stored, table, train
 SMT_SHARE = 0.125  # of the minutes of a race; what follows SMT has the rest
 UPDATERS = ("transformer", "mlp", "gru")
 RACES = {
-    "race14": dict(minutes=6.0, n_test=2000, span=16, flags=dict(
+    "race14": dict(minutes=6.0, seeds=(0, 1, 2), n_test=2000, span=16, flags=dict(
         smt=dict(dataset="mnist", image_size=14, n_val=100),
         dmt=dict(n_val=100),
         bptt=dict(n_val=100))),
     # four times the pixels: a quarter of the batch fits into a step of the same length
-    "race28": dict(minutes=40.0, n_test=2000, span=32, flags=dict(
+    "race28": dict(minutes=40.0, seeds=(0,), n_test=2000, span=32, flags=dict(
         smt=dict(dataset="mnist", image_size=28, n_val=50, batch_size=6, fut_len=56, heads=56),
         dmt=dict(n_val=50, batch_size=64),
         bptt=dict(n_val=50, batch_size=12, eval_every=50, ckpt_every=25))),
     # sizes, batches and rates are the preset's
-    "racegpu": dict(minutes=17.0, n_test=10_000, span=64, flags=dict(
+    "racegpu": dict(minutes=17.0, seeds=(0, 1), n_test=10_000, span=64, flags=dict(
         smt=dict(dataset="mnist", image_size=28, preset="gpu"),
-        dmt=dict(preset="gpu", batch_size=128, lambda_fut=28 / 64),
+        dmt=dict(preset="gpu", batch_size=128),
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
 # At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT, half of
 # what it starts with elsewhere: weights are there, a large rate would destroy them.
 NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
 AFTER_SMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=2.5e-3)
-EXTRA = "dmt-span1", "dmt-mse0", "truncated", "smt+truncated", "smt+bptt"
+EXTRA = "dmt-span1", "dmt-mse0", "dmt-past0", "truncated", "smt+truncated", "smt+bptt"
 
 
 def race_jobs(race: str, seeds=(0, 1), updaters=UPDATERS, extra: bool = True) -> list[Job]:
@@ -63,7 +64,8 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     # as many updates a step, however long a span is; 128 spans are the laptop preset's batch
     updates = r["flags"]["dmt"].get("batch_size", 128) * r["span"]
     own = {"dmt-span1": dict(span=1, batch_size=updates), "dmt": dict(span=r["span"]),
-           "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]), "truncated": dict(truncate=r["span"]),
+           "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]),
+           "dmt-past0": dict(lambda_past=0.0, span=r["span"]), "truncated": dict(truncate=r["span"]),
            "smt+truncated": dict(truncate=r["span"])}.get(method, {})
     follows = script == "dmt" or method.startswith("smt+")
     laptop = r["flags"][script].get("preset", "laptop") == "laptop"
@@ -83,7 +85,7 @@ def race(lab: Lab) -> tuple[str, str]:
     if lab.name == "racegpu" and not (torch.cuda.is_available() or lab.quick or lab.draw or
                                       lab.plan):
         fail("racegpu needs a CUDA GPU; race28 is the one for a CPU")
-    jobs = race_jobs(lab.name, lab.seeds or (0, 1)) if not lab.quick else \
+    jobs = race_jobs(lab.name, lab.seeds or r["seeds"]) if not lab.quick else \
         race_jobs(lab.name, (0,), ("gru",))
 
     def measure():

@@ -92,7 +92,8 @@ def both(name: str, flags: dict, minutes: tuple, seed: int = 0, dmt: dict = {}) 
 
 # ------------------------------------------------------------------------------- one run's command
 
-TEACHER = "encoder", "enc_layers", "ctx_len", "fut_len", "heads"  # bptt.py has no such flags
+# bptt.py has no such flags
+TEACHER = "encoder", "enc_layers", "ctx_len", "fut_len", "heads", "past"
 TOY = dict(d_model=16, n_heads=2, head_dim=0, enc_layers=1, dec_layers=1, rnn_layers=1)
 
 
@@ -105,7 +106,7 @@ def toy(job: Job) -> Job:
     if f.get("dataset") == "tinystories":
         f |= dict(dataset="pydoc")
     most = dict(length=13, keys=2, symbols=4, examples=3, depth=3, mem_tokens=2, mem_dim=4,
-                fut_len=4, heads=4, span=3, truncate=4, futures=4, rnn_batch=2)
+                fut_len=4, heads=4, past=5, span=3, truncate=4, futures=4, rnn_batch=2)
     f |= {k: min(f[k], v) for k, v in most.items() if f.get(k)}
     f |= dict(preset="laptop", batch_size=4, n_val=2, eval_every=0, steps=2)
     return Job(job.name, job.script, 0, f if job.after else TOY | f, job.after)

@@ -48,19 +48,6 @@ def test_futures_against_a_loop():
     assert torch.allclose(got["futures"], nats / targets, atol=1e-5)
 
 
-def test_the_last_memories_futures():
-    """With `ends`, as DMT asks, those of the last memory of each row alone are read; of few rows,
-    spread evenly."""
-    decoder, *rows, _ = asked({})
-    m, t, x, y = (torch.cat([v, v.flip(0)]) for v in rows)
-    for few, picked in ((2, [0, 3]), (100, range(6))):
-        cfg = recipe(smt, first=0.0, futures=few, lambda_fut=1.0)
-        got = predictive(decoder, None, m, t, x, y, cfg, gen(), ends=True)
-        at = torch.tensor(picked)
-        last = predictive(decoder, None, m[at, -1:], t[at, -1:], x[at], y[at], cfg, gen())
-        assert torch.allclose(got["futures"], last["futures"], atol=1e-6)
-
-
 def test_a_part_of_the_futures_is_drawn_without_replacement():
     """--futures memories are read, none twice; over many steps each as often as any other."""
     counts = torch.zeros(B * 7)
@@ -151,7 +138,7 @@ def test_wrong_guesses_are_decoded_more_often():
     y = torch.zeros(1, T, dtype=torch.int64)
     m = torch.zeros(1, T, 1, 2)
     m[0, :8, 0, 0], m[0, 8:, 0, 1] = 1, 1                        # two kinds of memory
-    heads = Heads(tiny.config(mem_tokens=1, mem_dim=2))
+    heads = Heads(tiny.config(mem_tokens=1, mem_dim=2, past=0))
     with torch.no_grad():
         heads.linear.weight[0, 0] = 9                           # the first says symbol 0: right
     read = []
@@ -184,19 +171,34 @@ def test_heads_against_a_loop():
     assert torch.allclose(got["heads"], mean(every) + mean(very_next), atol=1e-5)
 
 
-def test_the_three_questions_add_up():
-    """"dec" is their sum, the futures in it weighed; a question that is not asked is not there, and
-    none at all is 0."""
-    got = asked(dict(first=0.5, futures=4, lambda_fut=0.3), tiny.heads())[-1]
-    assert got.keys() == {"dec", "heads", "first", "futures"}
-    assert torch.allclose(got["dec"], got["heads"] + got["first"] + 0.3 * got["futures"])
+def test_past_against_a_loop():
+    """From every memory the last P inputs it has read; BOS is none of them."""
+    heads = tiny.heads()
+    _, m, t, x, _, got = asked({}, heads)
+    every = []
+    for b in range(B):
+        for i, now in enumerate(t[b].tolist()):
+            logp = (heads.past.weight.view(tiny.P, V, K * M) @ m[b, i].flatten()).log_softmax(-1)
+            every += [-logp[k, x[b, now - k]] for k in range(tiny.P) if now - k >= 1]
+    assert torch.allclose(got["past"], torch.stack(every).mean(), atol=1e-5)
+
+
+def test_the_four_questions_add_up():
+    """"dec" is their sum, futures and past in it weighed; a question that is not asked is not
+    there, and none at all is 0."""
+    got = asked(dict(first=0.5, futures=4, lambda_fut=0.3, lambda_past=0.7), tiny.heads())[-1]
+    assert got.keys() == {"dec", "heads", "first", "futures", "past"}
+    assert torch.allclose(got["dec"], got["heads"] + got["first"] + 0.3 * got["futures"] +
+                          0.7 * got["past"])
+    assert asked({}, tiny.heads(heads=0))[-1].keys() == {"dec", "past"}
+    assert asked({}, tiny.heads(past=0))[-1].keys() == {"dec", "heads"}
     assert asked(dict(futures=4))[-1].keys() == {"dec", "futures"}
     assert asked({})[-1] == dict(dec=0)
 
 
 def test_without_a_target_there_is_no_loss():
     """All masked: every part is 0, and every gradient is finite."""
-    decoder, heads = networks()[1], tiny.heads()
+    decoder, heads = networks()[1], tiny.heads(past=0)  # the past needs no target
     m = torch.randn(B, T, K, M, requires_grad=True)
     x, y = sequences()
     got = predictive(decoder, heads, m, torch.arange(T).expand(B, -1), x, torch.full_like(y, -1),
@@ -214,5 +216,5 @@ def test_first_loss_is_uniform():
     x, y = sequences()
     got = predictive(Decoder(c), Heads(c), torch.randn(B, T, K, M), torch.arange(T).expand(B, -1),
                      x, y, recipe(smt), gen())
-    for name, times in (("heads", 2), ("first", 1), ("futures", 1)):
+    for name, times in (("heads", 2), ("first", 1), ("futures", 1), ("past", 1)):
         assert got[name].item() == pytest.approx(times * math.log(V), abs=1e-4), name

@@ -208,7 +208,7 @@ def test_everything_trains(kind, rnn, sizes):
 def test_masked_targets_and_tiny_batches_are_finite():
     """No target at all, one sequence, two times: every loss and every gradient stays finite."""
     x, y = sequences(n=1)
-    nets, heads = networks(), tiny.heads()
+    nets, heads = networks(), tiny.heads(past=0)
     got = losses(nets, torch.tensor([0, 1]), 2, heads, (x, torch.full_like(y, -1)), first=0.5,
                  decode_own=True)
     got["loss"].backward()

@@ -63,7 +63,7 @@ def test_recomputing_changes_nothing_but_memory(recompute):
 def dmt_losses(nets, own, b, t, heads=None, y=None, **changes):
     encoder, _, rnn = nets
     x, given = sequences()
-    cfg = recipe(dmt, **dict(first=1.0, futures=0) | changes)
+    cfg = recipe(dmt, **dict(first=1.0) | changes)
     starts = torch.arange(T).expand(B, T)  # span i of a sequence begins at i
     walk = dmt.Walk(x, given if y is None else y, encoder(x).detach(), starts, b, t, own[b, t - 1])
     return dmt.objective(rnn, heads, walk, torch.ones(()), cfg, gen())[0]
@@ -123,7 +123,7 @@ def test_dmt_leaves_the_teacher_alone():
     nets = encoder, decoder, rnn = networks()
     for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0):
         p.requires_grad_(False)
-    cfg = recipe(dmt, span=3, futures=9)
+    cfg = recipe(dmt, span=3)
     walk = dmt.begin(sequences(), encoder, rnn, 4, cfg, gen())
     dmt.objective(rnn, tiny.heads(), walk, torch.ones(()), cfg, gen())[0]["loss"].backward()
     assert all(p.grad is None for p in (*encoder.parameters(), *decoder.parameters(), rnn.m0))
@@ -140,7 +140,7 @@ def test_what_each_loss_of_dmt_teaches(weights, updater, readout, heads):
     nets, guess = networks(), tiny.heads()
     own = nets[0](sequences()[0]).detach()
     losses = dmt_losses(nets, own, torch.arange(B), torch.tensor([3, 5, 8]), guess, span=2,
-                        futures=9, **weights)
+                        **weights)
     losses["loss"].backward()
     moved = lambda net: sum(float(p.grad.abs().sum()) for p in net.parameters()
                             if p.grad is not None) > 0

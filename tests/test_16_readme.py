@@ -156,7 +156,7 @@ def test_links_lead_somewhere():
 
 # ----------------------------------------------------------------------------- what differs from it
 
-LISTED = "encoder timestamps heads".split()  # of the networks' flags; the others are sizes
+LISTED = "encoder timestamps heads past".split()  # of the networks' flags; the others are sizes
 
 
 def resolved(script, preset, dataset="mnist"):

@@ -16,14 +16,14 @@ import trainer
 # As the paper and its code state them; what differs is said in the README.
 NETWORKS = dict(encoder="bidirectional", d_model=256, n_heads=8, head_dim=64, mem_tokens=16,
                 mem_dim=0, enc_layers=8, dec_layers=4, rnn_layers=8, ctx_len=256, fut_len=64,
-                heads=0, timestamps="none")
+                heads=0, past=0, timestamps="none")
 SMT = dict(optimizer="adamw", lr=3e-4, warmup=0.01, decay=1.0, ema=0.0, batch_size=128,
            steps=150_000, minutes=0.0, lambda_dec=1.0, lambda_dyn=0.1, lambda_unif=0.001,
            detach_rnn=False, times=2, rnn_batch=0, first=0.0, lambda_fut=1.0, decode_own=False,
            horizon=1)
 DMT = dict(optimizer="adamw", lr=3e-5, warmup=0.01, decay=0.0, ema=0.0, batch_size=32, steps=1500,
            minutes=0.0, lambda_mse=10.0, lambda_dec=1.0, detach_dec=True, horizon=256, span=1,
-           spans=32 * 256 // 16, first=1.0, futures=0, sweeps=False)
+           spans=32 * 256 // 16, first=1.0, sweeps=False)
 TASKS = dict(retrieval=dict(times=0, ctx_len=0, fut_len=0), copy=dict(times=0, ctx_len=0),
              mnist=dict(levels=256, image_size=28, times=2), tinystories=dict(length=256 + 64))
 

@@ -6,12 +6,13 @@ import flags
 from model import RNN, Decoder, Encoder, Heads, ModelConfig
 
 B, T, K, D, V = 3, 11, 2, 12, 5  # BOS = V: inputs 0..V, outputs 0..V-1
-M, F = 8, 6                      # width of a memory token, targets that the heads predict
+M, F, P = 8, 6, 4                # width of a memory token, targets and inputs that heads say
 
 
 def config(**changes) -> ModelConfig:
     base = dict(vocab=V + 1, n_out=V, T=T, d_model=D, n_heads=3, mem_tokens=K, mem_dim=M,
-                enc_layers=2, dec_layers=2, rnn_layers=1, ctx_len=T, fut_len=4, heads=F)
+                enc_layers=2, dec_layers=2, rnn_layers=1, ctx_len=T, fut_len=4, heads=F,
+                past=P)
     return ModelConfig(**base | changes)
 
 
@@ -34,7 +35,8 @@ def heads(seed: int = 0, **changes) -> Heads:
     """With random weights, that guess one thing and not another."""
     torch.manual_seed(seed)
     made = Heads(config(**changes))
-    torch.nn.init.normal_(made.linear.weight, std=0.3)
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.3)
     return made
 
 

@@ -422,7 +422,8 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--lambda_dec 2 | --lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --times 4 | "
        "--rnn_batch 2 | --rnn_from 0 | "
        "--no-decode_own | --first 0.7 | --futures 3 | --lambda_fut 3 | --horizon 1 | "
-       "--horizon 3 | --heads 0 | --heads 2 | --mem_dim 12 | --timestamps none | "
+       "--horizon 3 | --heads 0 | --heads 2 | --past 3 | --past 3 + --lambda_past 3 | "
+       "--mem_dim 12 | --timestamps none | "
        "--timestamps encoder | --micro 2 | --encoder bidirectional | --fut_len 2 | "
        "--encoder bidirectional + --ctx_len 3 | --mem_tokens 3 | --d_model 20 | --n_heads 4 | "
        "--head_dim 4 | --enc_layers 1 | --dec_layers 2 | --rnn mlp + --rnn_layers 1 | --rnn mlp | "
@@ -431,7 +432,7 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
        "--lambda_mse 5 | --span 1 | --spans 5 | --first 0 | "
-       "--futures 3 + --lambda_fut 3 | --ema 0.05 | --horizon 1 | "
+       "--lambda_past 3 | --ema 0.05 | --horizon 1 | "
        "--horizon 3 + --sweeps").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
 WITHOUT = set("recompute dataset data_dir preset device threads compile graph ckpt init".split()) \
