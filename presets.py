@@ -143,7 +143,7 @@ PRESETS["paper"] = {
 # From top to bottom; "any" stands for every preset.
 KINDS = {}
 KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
-    "lr":                (_,            1e-3,         2.5e-3),
+    "lr":                (_,            1.5e-3,       2.5e-3),
 }
 KINDS["laptop", "transformer"] = {
     "lr":                (_,            _,            2.5e-3),
