@@ -98,8 +98,8 @@ VARIANTS = ("paper", "ours")  # of five synthetic tasks: as the authors define i
 
 def kinds(dataset: str, rnn: str = "") -> tuple:
     """The names under which presets.KINDS knows a dataset and an updater."""
-    return ("synthetic", rnn) if dataset in SYNTHETIC else \
-        ("text", rnn) if dataset in TEXTS else (dataset, rnn)
+    wider = ("synthetic",) if dataset in SYNTHETIC else ("text",) if dataset in TEXTS else ()
+    return (*wider, dataset, rnn)
 
 
 def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
