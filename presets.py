@@ -164,6 +164,7 @@ KINDS["laptop", "sketchy"] = {
     "n_val": 40,
     "fut_len":           (40,           _,            _),  # more than a row of pixels
     "heads":             (64,           _,            _),
+    "past": 128,
 }
 KINDS["any", "synthetic"] = {  # the paper: Tc = Tf = T for these
     "ctx_len": 0,

@@ -81,14 +81,13 @@ def fig4(lab: Lab) -> tuple[str, str]:
 
 def fig17(lab: Lab) -> tuple[str, str]:
     """The same at 28x28, where a sequence has 784 pixels."""
-    return show(lab, mnist(lab, "race28", ("gru",) if lab.quick else ("transformer", "gru")), 25,
-                5, 4)
+    return show(lab, mnist(lab, "race28", ("gru",)), 25, 5, 3)
 
 
 def sketchy() -> dict:
     """SMT -> DMT and BPTT on drawings of 32x32, one updater, equal minutes."""
     flags = dict(dataset="sketchy", rnn="gru")
-    jobs = both("sketchy-gru", flags, (20.0, 20.0), dmt=dict(span=32)) + \
+    jobs = both("sketchy-gru", flags, (5.0, 35.0), dmt=dict(span=32)) + \
         [Job("sketchy-gru-bptt-0", "bptt", 40.0, flags | dict(lr=5e-3, seed=0))]
     return dict(jobs=jobs, shown={"SMT → DMT": jobs[1].name, "BPTT": jobs[2].name})
 

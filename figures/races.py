@@ -55,7 +55,8 @@ def race_jobs(race: str, seeds=(0, 1), updaters=UPDATERS, extra: bool = True) ->
                 jobs.append(race_job(race, r, rnn, method, seed))
     if extra:
         jobs += [race_job(race, r, EXPLAINED, method, seeds[0]) for method in EXTRA]
-        jobs += [race_job(race, r, rnn, "smt+bptt", seed) for seed in seeds[:2] for rnn in updaters]
+        jobs += [race_job(race, r, rnn, "smt+bptt", seed)
+                 for seed in seeds[:2] for rnn in updaters]
     return jobs
 
 
@@ -67,8 +68,8 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     updates = r["flags"]["dmt"].get("batch_size", 128) * r["span"]
     own = {"dmt-span1": dict(span=1, batch_size=updates), "dmt": dict(span=r["span"]),
            "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]),
-           "dmt-past0": dict(lambda_past=0.0, span=r["span"]), "truncated": dict(truncate=r["span"]),
-           "smt+truncated": dict(truncate=r["span"])}.get(method, {})
+           "dmt-past0": dict(lambda_past=0.0, span=r["span"]),
+           **dict.fromkeys(("truncated", "smt+truncated"), dict(truncate=r["span"]))}.get(method, {})
     follows = script == "dmt" or method.startswith("smt+")
     laptop = r["flags"][script].get("preset", "laptop") == "laptop"
     if not follows:  # the networks, and the task, which a run that follows has from SMT
