@@ -66,10 +66,11 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     script = "smt" if method == "smt" else "dmt" if method.startswith("dmt") else "bptt"
     # as many updates a step, however long a span is; 128 spans are the laptop preset's batch
     updates = r["flags"]["dmt"].get("batch_size", 128) * r["span"]
+    reach = dict(truncate=r["span"])
     own = {"dmt-span1": dict(span=1, batch_size=updates), "dmt": dict(span=r["span"]),
            "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]),
            "dmt-past0": dict(lambda_past=0.0, span=r["span"]),
-           **dict.fromkeys(("truncated", "smt+truncated"), dict(truncate=r["span"]))}.get(method, {})
+           "truncated": reach, "smt+truncated": reach}.get(method, {})
     follows = script == "dmt" or method.startswith("smt+")
     laptop = r["flags"][script].get("preset", "laptop") == "laptop"
     if not follows:  # the networks, and the task, which a run that follows has from SMT
