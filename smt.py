@@ -40,7 +40,7 @@ class Config(flags.Config):
     futures: int = flag("memories that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
-    first: float = flag("part of the memories that must predict y_t alone; the paper: 0")
+    first: float = flag("part of the memories that predict y_t alone; the paper: 0")
     micro: int = flag("parts of a batch; each has times of its own")
 
 
