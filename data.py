@@ -96,10 +96,12 @@ READS = ("mnist", "sketchy", "images", "tinystories", "shakespeare")  # files in
 VARIANTS = ("paper", "ours")  # of five synthetic tasks: as the authors define it, or another one
 
 
-def kinds(dataset: str, rnn: str = "") -> tuple:
-    """The names under which presets.KINDS knows a dataset and an updater."""
+def kinds(dataset: str, rnn: str = "", levels: int | str | None = None) -> tuple:
+    """The names under which presets.KINDS knows a dataset, with so many grey levels, and an
+    updater."""
     wider = ("synthetic",) if dataset in SYNTHETIC else ("text",) if dataset in TEXTS else ()
-    return (*wider, dataset, rnn)
+    bytes_ = ("bytes",) if dataset in TEXTS or str(levels) == "256" else ()
+    return (*wider, *bytes_, dataset, rnn)
 
 
 def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:

@@ -105,7 +105,7 @@ class Config(Options):
 def config(script: str, Flags, preset="laptop", dataset="glyphs", recipe=None, **changes):
     """A Flags, which is a Config, from a preset's recipe for the dataset, and `changes`."""
     recipe = recipe or functools.partial(presets.recipe, script)
-    values = recipe(preset, datasets.kinds(dataset, changes.get("rnn")))
+    values = recipe(preset, datasets.kinds(dataset, changes.get("rnn"), changes.get("levels")))
     values |= dict(preset=preset, dataset=dataset) | changes
     names = [f.name for f in dataclasses.fields(Flags)]
     cfg = Flags(**{k: v for k, v in values.items() if k in names})
@@ -171,8 +171,8 @@ def read(script: str, fields: dict, argv, doc: str, recipe) -> dict:
     if preset not in presets.PRESETS:
         preset = "laptop"  # the parser refuses it below
     options = datasets.OPTIONS.get(dataset, {})
-    defaults = {f.name: f.default for f in fields.values()} | options | \
-        recipe(preset, datasets.kinds(dataset, named(argv, "--rnn", "")))
+    kinds = datasets.kinds(dataset, named(argv, "--rnn", ""), named(argv, "--levels", ""))
+    defaults = {f.name: f.default for f in fields.values()} | options | recipe(preset, kinds)
     p = parser(f"{script}.py", doc)
     groups = {name: p.add_argument_group(name, about.format(preset, dataset))
               for name, about in GROUPS.items()}

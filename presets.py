@@ -139,7 +139,8 @@ PRESETS["paper"] = {
     "ckpt_every": 1000,
 }
 
-# What differs for a dataset, or for "text" or "synthetic" ones; or for an updater.
+# What differs for a dataset, or for "text" or "synthetic" ones, or where symbols are "bytes", which
+# those of texts are and of pictures with 256 levels; or for an updater.
 # From top to bottom; "any" stands for every preset.
 KINDS = {}
 KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
@@ -154,9 +155,11 @@ KINDS["laptop", "mnist"] = {
 }
 KINDS["laptop", "text"] = {
     "length": 128,
-    "heads": 4,  # with 256 symbols 28 of them would take more time than all the rest
-    "past": 0,
     "minutes":           (12.0,         6.0,          18.0),
+}
+KINDS["laptop", "bytes"] = KINDS["gpu", "bytes"] = {
+    "heads": 4,  # 28 of them, 7,168 logits a memory, would take more time than all the rest
+    "past": 0,
 }
 KINDS["laptop", "sketchy"] = {
     "minutes":           (10.0,         5.0,          15.0),

@@ -177,6 +177,17 @@ def test_an_updater_brings_its_width(command, monkeypatch):
     assert "--mem_dim int" in out and "(default: 84)" in out
 
 
+@pytest.mark.parametrize("preset", ["laptop", "gpu"])
+def test_many_symbols_have_few_heads(preset):
+    """Linear heads ask for (F + P) V numbers of a memory: a thousand or so, with bytes as with
+    bits, unless somebody asks for more."""
+    for dataset, changes in (("glyphs", {}), ("tinystories", {}), ("mnist", dict(levels=256))):
+        cfg = flags.config("smt", smt.Config, preset, dataset, **changes)
+        V = 256 if dataset == "tinystories" else cfg.levels or 2
+        assert 200 < (cfg.heads + cfg.past) * V <= 1024, dataset
+    assert flags.config("smt", smt.Config, preset, "mnist", levels=256, past=9).past == 9
+
+
 def test_every_dataset_has_a_recipe():
     """Of every method, and none leaves a flag open."""
     for script in (smt, dmt, bptt):
