@@ -113,14 +113,14 @@ def race(lab: Lab) -> tuple[str, str]:
                 dict(commit=stored(lab, job.name, "finished.json")["commit"])
 
     rows = table(lab, measure)
-    fig, axes = style.panels(1, "", "nats per validation image, the RNN alone")
+    fig, axes = style.panels(1, "", "nats per validation image")
     # SMT alone, at twice the nats of all others, is in the CSV
-    for i, method in enumerate(m for m in style.METHODS if m != "smt"):
-        shown = [(UPDATERS.index(row["rnn"]) + (i - 4) * 0.09, row["rollout"], row.get("stderr", 0))
-                 for row in rows if row["method"] == method]
-        if shown:
-            x, y, error = zip(*shown)
-            axes[0].errorbar(x, y, yerr=error, ls="", **style.of(method))
+    there = {row["method"] for row in rows} - {"smt"}
+    for i, method in enumerate(m for m in style.METHODS if m in there):
+        x, y, error = zip(*((UPDATERS.index(row["rnn"]) + (i - (len(there) - 1) / 2) * 0.09,
+                             row["rollout"], row.get("stderr", 0))
+                            for row in rows if row["method"] == method))
+        axes[0].errorbar(x, y, yerr=error, ls="", **style.of(method))
     axes[0].set(xticks=range(3), xlim=(-0.5, 3.4))
     axes[0].set_xticklabels(["Transformer", "MLP", "GRU"])
     axes[0].legend(loc="upper right")
