@@ -229,6 +229,7 @@ def main(argv) -> None:
     encoder, decoder, rnn, heads = (nets.get(k) for k in ("encoder", "decoder", "rnn", "heads"))
     c = rnn.c
     T = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T            # labels: t < T
+    flags.demand_fits(cfg, T, argv)
     cfg.span = min(cfg.span, T - 1)
     # 64 sequences will do for a unit. Seed 0, so that a resumed run finds the same one.
     variance = variance_of(encoder, task.batch(64, torch.Generator().manual_seed(0))[0],

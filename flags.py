@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import data as datasets
 import presets
 import ranks
-from console import fail, parser, pick_device, refuse
+from console import fail, flags_in, parser, pick_device, refuse
 from model import CHOICES, CheckpointError, load_checkpoint, odd_heads, problem
 from sources.files import Data
 
@@ -253,6 +253,15 @@ def refuse_nonsense(cfg) -> None:
     if cfg.encoder == "causal" and cfg.ctx_len == 1:
         fail("--ctx_len 1 leaves a causal encoder one memory and no transition; "
              "give 0 (all) or at least 2")
+
+
+def demand_fits(cfg, T: int, argv) -> None:
+    """Refuse heads or a span that somebody typed and that do not fit into T times; presets are cut
+    to them. Raises UserError naming the flag."""
+    for name, most in (("heads", T), ("past", T - 1), ("span", T - 1)):
+        if name in flags_in(argv) and getattr(cfg, name) > most:
+            fail(f"--{name} {getattr(cfg, name)} does not fit into sequences of {T}; give at most "
+                 f"{most}")
 
 
 # ---------------------------------------------------------------------------- checkpoints to read

@@ -156,6 +156,7 @@ def hand_over(encoder: Encoder, decoder: Decoder, rnn: RNN) -> None:
 def main(argv) -> None:
     cfg, _ = flags.parse("smt", Config, argv, __doc__)
     device, task = trainer.setup(cfg)
+    flags.demand_fits(cfg, task.T, argv)
     c = trainer.model_config(cfg, task)
     encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
     heads = Heads(c).to(device) if c.heads or c.past else None

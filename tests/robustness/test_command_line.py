@@ -82,6 +82,10 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --first 1.5", "--first"),
     ("smt.py {TINY} --rnn_batch -1", "--rnn_batch"),
     ("smt.py {TINY} --heads -1", "--heads"),
+    ("smt.py {TINY} --heads 9", "--heads 9 does not fit into sequences of 8; give at most 8"),
+    ("smt.py {TINY} --past -1", "--past"),
+    ("smt.py {TINY} --past 8", "--past 8 does not fit into sequences of 8; give at most 7"),
+    ("smt.py {TINY} --lambda_past 1", "--lambda_past means nothing with --past 0"),
     ("smt.py {TINY} --mem_dim -1", "--mem_dim"),
     ("smt.py {TINY} --timestamps maybe", "--timestamps"),
     ("smt.py {TINY} --runs 2", "--runs"),  # a flag of format 1
@@ -150,6 +154,7 @@ BAD = [  # command, what its one line must mention
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --sweeps 3", "3"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --horizon -1", "--horizon"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --span 0", "--span"),
+    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --span 9", "--span 9 does not fit"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --spans -1", "--spans"),
     ("smt.py {TINY} --decay 1.5", "--decay"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --first 2", "--first"),
