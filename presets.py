@@ -143,11 +143,19 @@ PRESETS["paper"] = {
 # those of texts are and of pictures with 256 levels; or for an updater.
 # From top to bottom; "any" stands for every preset.
 KINDS = {}
+KINDS["gpu", "bytes"] = {
+    "heads": 1,  # 28 of them, 7,168 logits a memory, would take more time than all the rest
+    "past": 0,
+    "first":             (_,            0.5,          _),  # all times are worth a look
+}
+KINDS["laptop", "bytes"] = KINDS["gpu", "bytes"] | {
+    "lr":                (_,            5e-3,         _),
+}
 KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
     "lr":                (_,            1.5e-3,       2.5e-3),
 }
 KINDS["laptop", "transformer"] = {
-    "lr":                (_,            _,            2.5e-3),
+    "lr":                (_,            3e-3,         2.5e-3),
 }
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
@@ -156,10 +164,6 @@ KINDS["laptop", "mnist"] = {
 KINDS["laptop", "text"] = {
     "length": 128,
     "minutes":           (12.0,         6.0,          18.0),
-}
-KINDS["laptop", "bytes"] = KINDS["gpu", "bytes"] = {
-    "heads": 4,  # 28 of them, 7,168 logits a memory, would take more time than all the rest
-    "past": 0,
 }
 KINDS["laptop", "sketchy"] = {
     "minutes":           (10.0,         5.0,          15.0),
