@@ -94,11 +94,9 @@ def spans(lab: Lab) -> tuple[str, str]:
         "open"
 
 
-def pretrain(lab: Lab) -> tuple[str, str]:
-    """What the paper's title says: BPTT that goes on from SMT against BPTT alone, in the same
-    minutes. MNIST 14x14 from race14, and permutation at two rates, of which the better one
-    counts."""
-    seeds, jobs = lab.seeds or ((0,) if lab.quick else (0, 1)), {}
+def pretrain_runs(seeds: tuple) -> dict:
+    """(task, updater, method, seed, rate) -> job: race14's, and permutation at two rates."""
+    jobs = {}
     for job in races.race_jobs("race14", seeds):
         _, rnn, method, seed = job.name.split("-")[:4]
         if method in ("smt", "bptt", "smt+bptt"):
@@ -112,6 +110,13 @@ def pretrain(lab: Lab) -> tuple[str, str]:
             jobs["permutation", RNN, "smt+bptt", seed, lr] = Job(
                 f"permutation-smt+bptt-{lr:g}-{seed}", "bptt", job.minutes - smt.minutes,
                 dict(lr=lr, seed=seed), smt.name)
+    return jobs
+
+
+def pretrain(lab: Lab) -> tuple[str, str]:
+    """What the paper's title says: BPTT that goes on from SMT against BPTT alone, in the same
+    minutes. Where there are two rates, the better one counts."""
+    jobs = pretrain_runs(lab.seeds or ((0,) if lab.quick else (0, 1)))
 
     def measure():
         done = train(lab, list(jobs.values()))
