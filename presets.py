@@ -143,13 +143,15 @@ PRESETS["paper"] = {
 # those of texts are and of pictures with 256 levels; or for an updater.
 # From top to bottom; "any" stands for every preset.
 KINDS = {}
-KINDS["gpu", "bytes"] = {
+KINDS["laptop", "bytes"] = KINDS["gpu", "bytes"] = {
     "heads": 1,  # 28 of them, 7,168 logits a memory, would take more time than all the rest
     "past": 0,
-    "first":             (_,            0.5,          _),  # all times are worth a look
 }
-KINDS["laptop", "bytes"] = KINDS["gpu", "bytes"] | {
+KINDS["laptop", "text"] = {
+    "length": 128,
+    "minutes":           (12.0,         6.0,          18.0),
     "lr":                (_,            5e-3,         _),
+    "first":             (_,            0.5,          _),  # no time is as dull as a margin's pixel
 }
 KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
     "lr":                (_,            1.5e-3,       2.5e-3),
@@ -160,10 +162,6 @@ KINDS["laptop", "transformer"] = {
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
     "minutes":           (2.5,          17.5,         20.0),
-}
-KINDS["laptop", "text"] = {
-    "length": 128,
-    "minutes":           (12.0,         6.0,          18.0),
 }
 KINDS["laptop", "sketchy"] = {
     "minutes":           (10.0,         5.0,          15.0),
