@@ -62,6 +62,6 @@ def tiny_smt(tmp_path_factory):
     results."""
     out_dir = tmp_path_factory.mktemp("tiny") / "smt"
     importlib.import_module("smt").main(
-        f"{TASK} {SIZES} {RUN} --steps 6 --lr 0.02 --warmup 0 --eval_every 0".split()
+        f"{TASK} {SIZES} {RUN} --past 3 --steps 6 --lr 0.02 --warmup 0 --eval_every 0".split()
         + ["--out_dir", str(out_dir)])
     return out_dir / "ckpt.pt"

@@ -437,7 +437,7 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
        "--lambda_mse 5 | --span 1 | --spans 5 | --first 0 | "
-       "--ema 0.05 | --horizon 1 | "
+       "--lambda_past 3 | --ema 0.05 | --horizon 1 | "
        "--horizon 3 + --sweeps").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
 WITHOUT = set("recompute dataset data_dir preset device threads compile graph ckpt init".split()) \
