@@ -256,8 +256,8 @@ def refuse_nonsense(cfg) -> None:
 
 
 def demand_fits(cfg, T: int, argv) -> None:
-    """Refuse heads or a span that somebody typed and that do not fit into T times; presets are cut
-    to them. Raises UserError naming the flag."""
+    """Refuse a --heads, --past or --span that somebody typed and that does not fit into T times;
+    presets are cut to them. Raises UserError naming the flag."""
     for name, most in (("heads", T), ("past", T - 1), ("span", T - 1)):
         if name in flags_in(argv) and getattr(cfg, name) > most:
             fail(f"--{name} {getattr(cfg, name)} does not fit into sequences of {T}; give at most "

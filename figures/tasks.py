@@ -110,11 +110,10 @@ def judged(excess: dict) -> tuple[str, str]:
 def reach_runs(T: int, minutes: float) -> list[Job]:
     """SMT, DMT and BPTT on retrieval. Sequences of T, T/2, T/4 .. down to 8 for SMT and BPTT."""
     flags = dict(dataset="retrieval", length=T, shortest=8, n_val=50) | UPDATER
-    looks = dict(n_val=50, eval_every=100)  # about 20 in a run
     return both(f"reach-{T}", flags | dict(batch_size=16, heads=1, futures=1),
-                (0.1 * minutes, 0.9 * minutes), dmt=looks | dict(eval_every=200)) + \
-        [Job(f"reach-{T}-bptt-0", "bptt", minutes, flags | looks |
-             dict(lr=max(RATES["retrieval"]), seed=0))]
+                (0.1 * minutes, 0.9 * minutes), dmt=dict(n_val=50, eval_every=200)) + \
+        [Job(f"reach-{T}-bptt-0", "bptt", minutes,
+             flags | dict(eval_every=100, lr=max(RATES["retrieval"]), seed=0))]
 
 
 def reach(lab: Lab) -> tuple[str, str]:
