@@ -58,13 +58,13 @@ def sweep_errors(lab: Lab, name: str, n: int) -> list[float]:
 def spans(lab: Lab) -> tuple[str, str]:
     """One curve from DMT as in the paper, whose gradient crosses one update, to BPTT, whose
     gradient crosses all: the same SMT, then the same minutes with growing spans."""
-    jobs = [job for job in races.race_jobs("race14", (0,), (RNN,))
-            if job.name.split("-")[2] in ("smt", "smt+bptt", "bptt")]
-    smt = next(job for job in jobs if job.script == "smt")
-    left = races.RACES["race14"]["minutes"] - smt.minutes
-    curve = {s: Job(f"spans-{RNN}-{s}-0", "dmt", left,
-                    dict(span=s, batch_size=max(1, 2048 // s), n_val=100, seed=0), smt.name)
-             for s in lab.few((1, 2, 4, 8, 16, 32, 64, 128, 195), 2)}
+    of = {job.name.removeprefix(f"race14-{RNN}-")[:-2]: job
+          for job in races.race_jobs("race14", (0,), (RNN,))}
+    jobs, dmt = [of["smt"], of["smt+bptt"], of["bptt"]], of["dmt"]
+    curve = {1: of["dmt-span1"], 16: dmt} | {
+        s: Job(f"spans-{RNN}-{s}-0", "dmt", dmt.minutes,
+               dmt.flags | dict(span=s, batch_size=2048 // s), dmt.after)
+        for s in lab.few((4, 32, 64, 195))}
 
     def measure():
         done = train(lab, jobs + list(curve.values()))
@@ -78,7 +78,7 @@ def spans(lab: Lab) -> tuple[str, str]:
                 yield dict(method=job.name.split("-")[2], nats=s["rollout"], stderr=s["stderr"])
 
     rows = table(lab, measure)
-    mine = [r for r in rows if "span" in r]
+    mine = sorted((r for r in rows if "span" in r), key=lambda r: r["span"])
     fig, axes = style.panels(1, "updates that a gradient crosses", "nats per test image",
                              height=3.6)
     axes[0].errorbar([r["span"] for r in mine], [r["nats"] for r in mine],

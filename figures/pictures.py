@@ -57,37 +57,39 @@ def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str,
     return "nats per test image: " + ", ".join(f"{k} {v:.1f}" for k, v in nats.items()), verdict
 
 
-def mnist(lab: Lab, race: str, updaters) -> dict:
-    """Runs of a race, and the same once more with the paper's optimiser: AdamW, no averaging."""
-    jobs, shown = races.race_jobs(race, (0,), updaters, extra=False), {}
-    theirs = dict(optimizer="adamw", ema=0.0)
+def raced(race: str, updaters) -> dict:
+    """Runs of a race, seed 0."""
+    return dict(jobs=races.race_jobs(race, (0,), updaters, extra=False),
+                shown={f"{how}, {rnn}": f"{race}-{rnn}-{method}-0" for rnn in updaters
+                       for how, method in (("BPTT", "bptt"), ("SMT → DMT", "dmt"))})
+
+
+def with_adamw(names: dict) -> dict:
+    """The same runs, and once more with the paper's optimiser: AdamW, no averaging."""
     lr = dict(smt=1e-3, dmt=3e-4, bptt=1e-3)  # 3e-4 at the paper's size; small networks want more
-    for job in list(jobs):
-        after = job.after and job.after.replace(race, f"{race}-adamw")
-        jobs.append(Job(job.name.replace(race, f"{race}-adamw"), job.script, job.minutes,
-                        job.flags | theirs | dict(lr=lr[job.script]), after))
-    for rnn in updaters:
-        for end, how in (("", "Muon"), ("-adamw", "AdamW")):
-            shown[f"BPTT, {rnn}, {how}"] = f"{race}{end}-{rnn}-bptt-0"
-            shown[f"SMT → DMT, {rnn}, {how}"] = f"{race}{end}-{rnn}-dmt-0"
-    return dict(jobs=jobs, shown=shown)
+    jobs = [Job(f"adamw-{job.name}", job.script, job.minutes, job.flags | dict(
+        optimizer="adamw", ema=0.0, lr=lr[job.script]), job.after and f"adamw-{job.after}")
+        for job in names["jobs"]]
+    shown = {f"{label}, {how}": start + name for label, name in names["shown"].items()
+             for start, how in (("", "Muon"), ("adamw-", "AdamW"))}
+    return dict(jobs=names["jobs"] + jobs, shown=shown)
 
 
 def fig4(lab: Lab) -> tuple[str, str]:
     """Samples of MNIST 14x14 at equal minutes, with our optimiser and with the paper's."""
-    return show(lab, mnist(lab, "race14", ("gru",) if lab.quick else ("transformer", "gru")), 36,
-                6, 4)
+    updaters = ("gru",) if lab.quick else ("transformer", "gru")
+    return show(lab, with_adamw(raced("race14", updaters)), 36, 6, 4)
 
 
 def fig17(lab: Lab) -> tuple[str, str]:
-    """The same at 28x28, where a sequence has 784 pixels."""
-    return show(lab, mnist(lab, "race28", ("gru",)), 25, 5, 3)
+    """MNIST 28x28, where a sequence has 784 pixels, with our optimiser."""
+    return show(lab, raced("race28", ("gru",)), 25, 5, 3)
 
 
 def sketchy() -> dict:
     """SMT -> DMT and BPTT on drawings of 32x32, one updater, equal minutes."""
-    flags = dict(dataset="sketchy", rnn="gru")
-    jobs = both("sketchy-gru", flags, (5.0, 35.0), dmt=dict(span=32)) + \
+    flags = dict(dataset="sketchy", rnn="gru", past=256)
+    jobs = both("sketchy-gru", flags, (5.0, 35.0), dmt=dict(span=64, batch_size=32)) + \
         [Job("sketchy-gru-bptt-0", "bptt", 40.0, flags | dict(lr=5e-3, seed=0))]
     return dict(jobs=jobs, shown={"SMT → DMT": jobs[1].name, "BPTT": jobs[2].name})
 

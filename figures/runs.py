@@ -352,7 +352,9 @@ def read_csv(path: str) -> list[dict]:
 
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            return [{k: number(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+            # a commit may look like a number: 0858513, 12e4567
+            return [{k: v if k == "commit" else number(v) for k, v in row.items() if v}
+                    for row in csv.DictReader(f)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         why = getattr(e, "strerror", None) or "it is no CSV"
         fail(f"{path}: cannot be read ({why}); make it without --draw")

@@ -74,6 +74,13 @@ def test_committed_numbers_can_be_drawn(command, tmp_path):
     assert names and code == 0, out + err
 
 
+def test_numbers_are_read_as_numbers_but_commits_as_they_are(tmp_path):
+    """An abbreviated hash may have digits alone, or look like a power of ten."""
+    for hash in ("0858513", "12e4567"):
+        runs.write_csv(tmp_path / "a.csv", [dict(n=3, nats=0.5, empty=None, commit=hash)])
+        assert runs.read_csv(tmp_path / "a.csv") == [dict(n=3, nats=0.5, commit=hash)]
+
+
 def test_only_makes_no_half_figure(command, tmp_path, folders, no_other_pictures):
     """--only that fits no run, or not all that a figure needs, leaves the numbers as they are."""
     where = f"--quick --device cpu --runs_dir {tmp_path}/runs --results_dir {tmp_path}/results"
