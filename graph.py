@@ -15,13 +15,13 @@ MOST_GRAPHS = 16   # each keeps its memory; a curriculum passes through many sha
 
 def graph_updates(rnn: RNN) -> None:
     """From now on updates without a gradient are replayed, where there are few enough rows."""
-    plain, replayed = rnn.update, Replayed(rnn.update)
+    plain, replayed = rnn.next_memory, Replayed(rnn.next_memory)
 
-    def update(m: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        small = not torch.is_grad_enabled() and x.numel() <= MOST_ROWS
-        return (replayed if small else plain)(m, x, t)
+    def next_memory(m: Tensor, event: Tensor) -> Tensor:
+        small = not torch.is_grad_enabled() and event[..., 0].numel() <= MOST_ROWS
+        return (replayed if small else plain)(m, event)
 
-    rnn.update = update
+    rnn.next_memory = next_memory
 
 
 class Replayed:

@@ -321,9 +321,9 @@ class TransformerUpdater(nn.Module):
         self.w_read, self.w_write = resize(c.mem_dim, c.d_model), resize(c.d_model, c.mem_dim)
         self.blocks = nn.ModuleList(Block(c, c.rnn_layers) for _ in range(c.rnn_layers))
 
-    def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, m: Tensor, event: Tensor) -> Tensor:
         # The tokens keep their order, so rotations tell one memory token from another.
-        h = torch.cat([self.w_read(m), self.event(x, t)[:, None]], dim=1)      # (N, K + 1, d)
+        h = torch.cat([self.w_read(m), event[:, None]], dim=1)                 # (N, K + 1, d)
         angles = angles_for(h, self.blocks[0])
         for block in self.blocks:
             h = block(h, angles)
@@ -345,8 +345,8 @@ class MLPUpdater(nn.Module):
         for w in self.w_down:
             nn.init.normal_(w.weight, std=(2 * size * 2 * c.rnn_layers) ** -0.5)
 
-    def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        h, event = m.flatten(1), self.event(x, t)                              # (N, K d), (N, d)
+    def forward(self, m: Tensor, event: Tensor) -> Tensor:
+        h = m.flatten(1)                                                       # (N, K d)
         for up, down in zip(self.w_up, self.w_down):
             # every layer reads the event: the first alone would have to carry it along
             h = h + down(F.gelu(up(torch.cat([norm(h), event], dim=1))))
@@ -362,10 +362,10 @@ class GRUUpdater(nn.Module):
         self.event = Event(c, timed=c.timestamps == "all")
         self.cell = nn.GRUCell(c.d_model, c.mem_tokens * c.mem_dim)
 
-    def forward(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, m: Tensor, event: Tensor) -> Tensor:
         # The memory is carried from step to step: bf16 would round off every small change of it
         with fp32(m.device):
-            return self.cell(self.event(x, t).float(), m.float().flatten(1)).view_as(m)
+            return self.cell(event.float(), m.float().flatten(1)).view_as(m)
 
 
 UPDATERS = {"transformer": TransformerUpdater, "mlp": MLPUpdater, "gru": GRUUpdater}
@@ -389,7 +389,11 @@ class RNN(nn.Module):
     def update(self, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """m_t from m_{t-1} (..., K, d), x_t (...) int64 and t int64, which may lack leading
         dimensions (Eq. 1); RMS-normalised per token. All rows at once, whatever their times."""
-        rows = in_chunks(self.updater, m.flatten(0, -3), x.flatten(), t.expand_as(x).flatten())
+        return self.next_memory(m, self.updater.event(x, t))
+
+    def next_memory(self, m: Tensor, event: Tensor) -> Tensor:
+        """The same for events (..., d) that are embedded already."""
+        rows = in_chunks(self.updater, m.flatten(0, -3), event.flatten(0, -2))
         # The encoder's memories are normalised too. Else a rollout could grow or shrink for ever.
         return norm(rows).unflatten(0, m.shape[:-2])
 
@@ -401,8 +405,10 @@ class RNN(nn.Module):
         """Own memories on data inputs: from m = m_{t-1} (B, K, d) read x (B, S) =
         x_t .. x_{t+S-1} -> (B, S, K, d). t is one time, or one for each row (B,)."""
         t, out = torch.full((), t, device=x.device) if isinstance(t, int) else t, []
-        for i in range(x.shape[1]):
-            m = self.update(m, x[:, i], t + i)
+        # Only the updates must wait for each other: all inputs are there, and embedded in one go.
+        when = t[..., None] + torch.arange(x.shape[1], device=x.device)
+        for event in self.updater.event(x, when).unbind(1):
+            m = self.next_memory(m, event)
             out.append(m)
         return torch.stack(out, dim=1) if out else m.new_empty(len(m), 0, *m.shape[1:])
 
@@ -425,9 +431,10 @@ class RNN(nn.Module):
         """
         n, times = x.shape[1], on_device(times, x.device)
         horizon, own = min(horizon, n), labels.detach().clone()
+        events = self.updater.event(x, times)
 
         def run(before: slice, now: slice) -> None:
-            own[:, now] = self.update(own[:, before], x[:, now], times[now]).to(own.dtype)
+            own[:, now] = self.next_memory(own[:, before], events[:, now]).to(own.dtype)
 
         if sweeps:
             # sweep i makes the first i memories exact; the rest come closer, too

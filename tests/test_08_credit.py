@@ -89,8 +89,8 @@ def test_dmt_crosses_exactly_one_span(span):
 def test_a_span_is_so_many_updates(span, monkeypatch):
     """All spans at once: the updater is called once for each update of a span."""
     nets = networks()
-    calls, update = [], nets[2].update
-    monkeypatch.setattr(nets[2], "update", lambda m, *a: calls.append(len(m)) or update(m, *a))
+    calls, update = [], nets[2].next_memory
+    monkeypatch.setattr(nets[2], "next_memory", lambda m, *a: calls.append(len(m)) or update(m, *a))
     own = torch.randn(B, T, tiny.K, tiny.M)
     dmt_losses(nets, own, torch.arange(B), torch.tensor([1, 3, 6]), span=span)
     assert calls == [B] * span

@@ -46,8 +46,8 @@ def test_a_gru_is_one_layer_an_update():
 
 def counted(rnn, monkeypatch):
     """A list that grows with every call of the updater."""
-    calls, update = [], rnn.update
-    monkeypatch.setattr(rnn, "update", lambda *a: calls.append(1) or update(*a))
+    calls, update = [], rnn.next_memory
+    monkeypatch.setattr(rnn, "next_memory", lambda *a: calls.append(1) or update(*a))
     return calls
 
 
