@@ -189,9 +189,10 @@ def fig6(lab: Lab) -> tuple[str, str]:
                 yield from curve(lab, job)
 
     rows = table(lab, measure)
-    fig, axes = style.panels(3, rows=2, height=3.0)
-    for row, (race, unit) in zip(axes, (("text", "nats per character"),
-                                        ("race14", "nats per image"))):
+    fig, axes = style.panels(3, rows=2, height=3.2, sharey="row")
+    for row, (race, unit) in zip(axes, (("text", "TinyStories: nats per character"),
+                                        ("race14", "MNIST 14×14: nats per image"))):
+        row[0].set(ylabel=unit)
         for ax, key in zip(row, ("minutes", "tokens", "layers")):
             for rnn, dash in zip(races.UPDATERS, ("-", "--", ":")):
                 for method in ("bptt", "smt", "dmt"):
@@ -201,9 +202,10 @@ def fig6(lab: Lab) -> tuple[str, str]:
                     if at:
                         ax.plot(*zip(*at), ms=3, **how | dict(
                             ls=dash, label=f"{how['label']}, {rnn}"))
-            ax.set(xlabel={"layers": "layers in a row"}.get(key, key), ylabel=unit,
+            ax.set(xlabel={"layers": "layers in a row"}.get(key, key), yscale="log",
                    xscale="linear" if key == "minutes" else "log")
-    axes[0][2].legend(fontsize=6)
+            style.plain_log(ax)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     style.save(fig, lab.out("fig6.png"))
     return cheapest(rows)
 

@@ -8,6 +8,7 @@ pixels.
 import matplotlib
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.ticker as ticker  # noqa: E402
 import numpy as np  # noqa: E402
 
 from sources.files import written_whole  # noqa: E402
@@ -63,6 +64,15 @@ def pictures(ax, images: np.ndarray, columns: int, title: str = "") -> None:
     ax.imshow(page, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     ax.set_title(title, fontsize=9)
     ax.axis("off")
+
+
+def plain_log(ax) -> None:
+    """1, 2, 5, 10 .. on a logarithmic y axis, which may span less than a power of ten; no numbers
+    between the powers on x."""
+    ax.yaxis.set_major_locator(ticker.LogLocator(10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(fig, path: str) -> None:
