@@ -52,25 +52,8 @@ def tab1(lab: Lab) -> tuple[str, str]:
                                mib=kib / 1024)
 
     rows = table(lab, measure)
-    fig, axes = style.panels(3, "T", rows=2, height=2.9)
-    for ax, key, unit in zip(axes[0], ("ms", "mib", "layers"),
-                             ("ms a step", "MiB, whole process", "layers in a row, a step")):
-        for name, (_, _, method) in WAYS.items():
-            at = [(r["length"], r[key]) for r in rows if r["name"] == name and key in r]
-            ax.loglog(*zip(*at), **style.of(method) | dict(label=name), base=2)
-        ax.set(ylabel=unit, title="training")
     kinds = [k for k in dict.fromkeys(r["part"] for r in rows) if k != "training"]
-    for ax, key, part, unit in zip(axes[1], ("ms", "ms", "mib"), (kinds[0], kinds[-1], kinds[-1]),
-                                   ("ms a token", "ms a token", "MiB of state a sequence")):
-        for i, name in enumerate((*UPDATERS, "KV cache")):
-            at = [(r["length"], r[key]) for r in rows if (r["name"], r["part"]) == (name, part)]
-            if at:
-                ax.loglog(*zip(*at), marker="osDX"[i], color=style.COLOURS[i], base=2,
-                          label="Transformer, KV cache" if name == "KV cache" else f"RNN, {name}")
-        ax.set(ylabel=unit, xlabel="tokens before", title=part)
-    axes[0][0].legend()
-    axes[1][0].legend()
-    style.save(fig, lab.out("tab1.png"))
+    draw_costs(rows, kinds, lab.out("tab1.png"))
     first = lambda part, name: [r["ms"] for r in rows if (r["part"], r["name"]) == (part, name)]
     grows = {name: first(kinds[-1], name)[-1] / first(kinds[-1], name)[0]
              for name in ("transformer", "KV cache")}
@@ -84,6 +67,29 @@ def tab1(lab: Lab) -> tuple[str, str]:
         f"{mib['SMT, all times'][0]:.0f} to {mib['SMT, all times'][-1]:.0f}, BPTT's " \
         f"{mib['BPTT'][0]:.0f} to {mib['BPTT'][-1]:.0f}", \
         "agrees" if flat and grows["KV cache"] > 2 * grows["transformer"] else "open"
+
+
+def draw_costs(rows: list[dict], kinds: list[str], path: str) -> None:
+    """Training in the upper row; in the lower one tokens, at the first and the last of the sizes
+    (kinds)."""
+    fig, axes = style.panels(3, "T", rows=2, height=2.9)
+    for ax, key, unit in zip(axes[0], ("ms", "mib", "layers"),
+                             ("ms a step", "MiB, whole process", "layers in a row, a step")):
+        for name, (_, _, method) in WAYS.items():
+            at = [(r["length"], r[key]) for r in rows if r["name"] == name and key in r]
+            ax.loglog(*zip(*at), **style.of(method) | dict(label=name), base=2)
+        ax.set(ylabel=unit, title="training")
+    for ax, key, part, unit in zip(axes[1], ("ms", "ms", "mib"), (kinds[0], kinds[-1], kinds[-1]),
+                                   ("ms a token", "ms a token", "MiB of state a sequence")):
+        for i, name in enumerate((*UPDATERS, "KV cache")):
+            at = [(r["length"], r[key]) for r in rows if (r["name"], r["part"]) == (name, part)]
+            if at:
+                ax.loglog(*zip(*at), marker="osDX"[i], color=style.COLOURS[i], base=2,
+                          label="Transformer, KV cache" if name == "KV cache" else f"RNN, {name}")
+        ax.set(ylabel=unit, xlabel="tokens before", title=part)
+    axes[0][0].legend()
+    axes[1][0].legend()
+    style.save(fig, path)
 
 
 def training_step(lab: Lab, name: str, T: int) -> dict:
