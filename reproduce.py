@@ -19,13 +19,16 @@ import signal
 import tempfile
 import time
 
+import torch
+
 import bptt
 import dmt
 import evaluate
 import flags
 import smt
 from figures import cost, credit, inside, ours, pictures, races, tasks, text
-from figures.runs import Lab, Planned, Stopped, commit, finished, read_csv, say, write_csv
+from figures.runs import (Lab, Planned, Stopped, commit, finished, read_csv, say, stored,
+                          write_csv)
 from model import CheckpointError
 from sources.files import UserError, written_whole
 
@@ -115,6 +118,7 @@ def main(argv) -> None:
             lab.results = os.path.join(folder, "results")
     if not a.draw:
         pick_device(a.device)
+    torch.set_num_threads(1)  # samples are drawn here, by small networks; other cores may be busy
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save and end
     skipped = {}
     for name in list(FIGURES) if "all" in a.figures else a.figures:
@@ -148,8 +152,9 @@ def make(lab: Lab, name: str) -> None:
         return  # the numbers are the old ones, and so is their row
     minutes = sum(job.minutes for job in lab.used) or (time.time() - began) / 60
     seeds = sorted({job.flags.get("seed", 0) for job in lab.used} or {0})
+    commits = sorted({stored(lab, job.name, "finished.json")["commit"] for job in lab.used})
     row = dict(figure=name, claim=claim, ours=found, verdict=verdict, minutes=round(minutes, 1),
-               seeds=" ".join(map(str, seeds)), commit=commit())
+               seeds=" ".join(map(str, seeds)), commit=" ".join(commits) or commit())
     path = os.path.join(lab.results, "figures.csv")
     rows = told(path) | {name: row}
     rows = [rows[k] for k in FIGURES if k in rows]

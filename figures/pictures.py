@@ -48,12 +48,15 @@ def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str,
         ax.axis("off")
     for ax, label in zip(np.ravel(axes), labels):
         mine = [row for row in rows if row["label"] == label]
-        nats = f"\n{mine[0]['nats']:.1f} nats" if "nats" in mine[0] else ""
-        style.pictures(ax, unspell(mine), columns, label + nats)
+        method, *rest = label.split(", ", 1)
+        rest += [f"{mine[0]['nats']:.1f} nats"] if "nats" in mine[0] else []
+        style.pictures(ax, unspell(mine), columns, f"{method}\n{': '.join(rest)}")
     style.save(fig, lab.out(f"{lab.name}.png"))
     nats = {row["label"]: row["nats"] for row in rows if "nats" in row}
-    best = [[v for k, v in nats.items() if k.startswith(start)] for start in ("SMT", "BPTT")]
-    verdict = "open" if not all(best) else "agrees" if min(best[0]) < min(best[1]) else "disagrees"
+    better = [v < nats[k.replace("SMT → DMT", "BPTT")] for k, v in nats.items() if "SMT" in k and
+              k.replace("SMT → DMT", "BPTT") in nats]
+    verdict = "open" if any(better) != all(better) or not better else \
+        "agrees" if all(better) else "disagrees"
     return "nats per test image: " + ", ".join(f"{k} {v:.1f}" for k, v in nats.items()), verdict
 
 
