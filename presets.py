@@ -153,8 +153,9 @@ KINDS["laptop", "text"] = {
     "lr":                (_,            5e-3,         _),
     "first":             (_,            0.5,          _),  # no time is as dull as a margin's pixel
 }
-KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two
+KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two, of more sequences
     "lr":                (_,            1.5e-3,       2.5e-3),
+    "batch_size":        (_,            192,          _),
 }
 KINDS["laptop", "transformer"] = {
     "lr":                (_,            3e-3,         2.5e-3),
