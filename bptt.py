@@ -116,7 +116,7 @@ def main(argv) -> None:
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16,
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=4,
                                    fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))

@@ -260,7 +260,7 @@ def main(argv) -> None:
                 # before report(), which saves when it is the first to write over an old run
                 run.kept = {} if cfg.spans or ranks.WORLD > 1 else kept(walk)
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16,
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=4,
                                    fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))

@@ -198,7 +198,7 @@ def main(argv) -> None:
             with run.averaged():
                 hand_over(encoder, decoder, rnn)
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=16,
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=4,
                                    fast=True)
                     run.report(summary(got), best="one_step")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))

@@ -31,7 +31,7 @@ RACES = {
     "race28": dict(minutes=40.0, seeds=(0,), n_test=2000, span=64, flags=dict(
         smt=dict(dataset="mnist", image_size=28, n_val=50, batch_size=6, fut_len=56, heads=56,
                  past=224),
-        dmt=dict(n_val=50, batch_size=32),
+        dmt=dict(n_val=50, batch_size=32, eval_every=400),
         bptt=dict(n_val=50, batch_size=12, eval_every=50, ckpt_every=25))),
     # sizes, batches and rates are the preset's
     "racegpu": dict(minutes=17.0, seeds=(0, 1), n_test=10_000, span=64, flags=dict(

@@ -121,7 +121,7 @@ def ways(b: bench.Bench) -> dict:
         "dmt.py, setting out": b.dmt_sets_out,
         "dmt.py, a step": b.dmt_ours,
         "bptt.py, a step": lambda: b.bptt(b.of_bptt.batch_size),
-        "a validation": lambda: evaluate.evaluate(b.task, *nets, "val", n, kl_sequences=16,
+        "a validation": lambda: evaluate.evaluate(b.task, *nets, "val", n, kl_sequences=4,
                                                   fast=True),
         "40 samples": lambda: sample.generate(b.rnn, 40, b.task.T, torch.Generator()),
         "bench.py, reference SMT": b.smt_reference,
