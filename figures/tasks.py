@@ -147,7 +147,7 @@ def reach(lab: Lab) -> tuple[str, str]:
         told[method] = ", ".join(f"{T} {f'{v:.1f}' if v else 'never'}" for T, v in first.items())
     axes[0].legend(title="SMT → DMT; dotted: BPTT")
     axes[1].set(xlabel="T", ylabel="minutes to 0.01 nats", xscale="log", xlim=(50, 700),
-                ylim=(0, max(REACH.values())), xticks=[*REACH])
+                ylim=(0, None), xticks=[*REACH])
     axes[1].set_xticklabels(map(str, REACH))
     axes[1].minorticks_off()
     axes[1].legend()
