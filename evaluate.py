@@ -154,13 +154,17 @@ class Drift:
                     variance=spread / len(self.total))
 
 
+# Of a sequence, in all futures that are compared. Of T = Tf = 512 they would be 262,144, and take
+# longer than all the rest of an evaluation.
+MOST_OUTPUTS = 8192
+
+
 def kl_of_futures(decoder: Decoder, m: Memories, x: Tensor, y: Tensor, few: int):
     """Do label and own memory of the first few sequences predict the same Tf future outputs?
     (sum of KL in nats, number of targets)"""
     T, total, targets = m.label.shape[1], 0.0, 0
-    # Every k-th time, where all futures of a sequence would be more than 8,192 outputs: of T = 512
-    # they would be 262,144, and take longer than all the rest of an evaluation.
-    times = torch.arange(0, T, -(-T * decoder.c.fut_len // 8192), device=x.device)
+    # every k-th time of long sequences
+    times = torch.arange(0, T, -(-T * decoder.c.fut_len // MOST_OUTPUTS), device=x.device)
     for b in range(few):
         x_fut, y_fut = futures(x[:, :T], y[:, :T], torch.full_like(times, b), times,
                                decoder.c.fut_len)

@@ -313,7 +313,7 @@ class Decoder(nn.Module):
 
 class TransformerUpdater(nn.Module):
     """f_theta over K memory tokens and one event token, full attention; the K outputs are the new
-    memory."""
+    memory. As all updaters: m (N, K, d) and the embedded event (N, d_model) -> (N, K, d)."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()

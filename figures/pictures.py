@@ -53,10 +53,9 @@ def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str,
         style.pictures(ax, unspell(mine), columns, f"{method}\n{': '.join(rest)}")
     style.save(fig, lab.out(f"{lab.name}.png"))
     nats = {row["label"]: row["nats"] for row in rows if "nats" in row}
-    better = [v < nats[k.replace("SMT → DMT", "BPTT")] for k, v in nats.items() if "SMT" in k and
-              k.replace("SMT → DMT", "BPTT") in nats]
-    verdict = "open" if any(better) != all(better) or not better else \
-        "agrees" if all(better) else "disagrees"
+    pairs = [(v, nats.get(k.replace("SMT → DMT", "BPTT"))) for k, v in nats.items() if "SMT" in k]
+    better = {ours < bptt for ours, bptt in pairs if bptt}
+    verdict = {(True,): "agrees", (False,): "disagrees"}.get((*better,), "open")
     return "nats per test image: " + ", ".join(f"{k} {v:.1f}" for k, v in nats.items()), verdict
 
 

@@ -210,6 +210,16 @@ def test_without_a_target_there_is_no_loss():
     assert cross_entropy(torch.randn(2, 3, V), torch.full((2, 3), -1)) == 0
 
 
+@pytest.mark.parametrize("symbols", [2, 40])
+def test_cross_entropy_is_a_mean_over_valid_targets(symbols):
+    """Of few symbols and of many, which are computed along different dimensions."""
+    logits, y = torch.randn(3, 4, symbols), torch.randint(symbols, (3, 4))
+    y[1, 2:] = -1
+    each = [-logits[b, i].log_softmax(-1)[y[b, i]] for b in range(3) for i in range(4)
+            if y[b, i] >= 0]
+    assert torch.allclose(cross_entropy(logits, y), torch.stack(each).mean(), atol=1e-5)
+
+
 def test_first_loss_is_uniform():
     """Untrained, decoder and heads predict every symbol with equal probability."""
     c = tiny.config()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import networks, sequences
+from tiny import T, networks, sequences
 
 import data
 from sources import images
@@ -93,6 +93,28 @@ def test_drift_is_one_minus_r_squared():
     assert torch.allclose(torch.tensor(got["drift_by_time"]), by_time, rtol=1e-3)
     assert abs(got["drift"] - float(by_time.mean())) < 1e-3 * got["drift"]
     assert got["kl"] > 0
+
+
+@pytest.mark.parametrize("most, every", [(8192, 1), (22, 2), (21, 3)])
+def test_kl_of_futures_against_a_loop(most, every, monkeypatch):
+    """Label and own memory decode the same future; 11 times of 4 outputs each, or every second or
+    third of them where that is too many."""
+    monkeypatch.setattr(evaluate, "MOST_OUTPUTS", most)
+    encoder, decoder, rnn = networks()
+    x, y = sequences()
+    y[0, 5] = -1
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        m = evaluate.memories(x, rnn, encoder)
+        got = evaluate.kl_of_futures(decoder, m, x, y, 2)
+        for b in range(2):
+            for t in range(0, T, every):
+                p, q = (decoder(v[b:b + 1, t], x[b:b + 1, t + 1:t + 4], torch.tensor([t]))[0]
+                        .log_softmax(-1) for v in (m.label, m.own))
+                valid = y[b, t:t + 4] >= 0
+                total += float((p.exp() * (p - q)).sum(-1)[valid].sum())
+                targets += int(valid.sum())
+    assert got == (pytest.approx(total, rel=1e-4), targets) and total > 0
 
 
 def test_bayes_and_excess():
