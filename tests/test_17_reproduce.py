@@ -248,15 +248,20 @@ def test_paired_differences_against_torch():
     assert races.paired(same, same) == {} == races.paired(same, None)
 
 
-def test_a_race_is_judged_on_the_seeds_that_both_have():
-    row = lambda rnn, method, seed, nats: dict(rnn=rnn, method=method, seed=seed, rollout=nats)
-    rows = [row("gru", "bptt", 0, 30.0), row("gru", "dmt", 0, 29.0),
-            row("gru", "dmt", 1, 99.0), row("gru", "smt", 0, 10.0), row("mlp", "dmt", 0, 1.0)]
-    assert races.verdict(rows) == ("SMT → DMT, nats per image: gru 29.0 (BPTT 30.0)", "agrees")
-    rows += [row("mlp", "bptt", 0, 0.5)]
-    assert races.verdict(rows)[1] == "open"
-    assert races.verdict([row("gru", "bptt", 0, 28.0), *rows[1:2]])[1] == "disagrees"
-    assert races.verdict(rows[2:4])[1] == "open"  # nobody raced
+def test_a_race_is_judged_by_paired_differences_and_a_tie_is_no_win():
+    def row(rnn, seed, apart, method="dmt"):
+        return dict(rnn=rnn, method=method, seed=seed, rollout=30.0 + apart, over_bptt=apart,
+                    over_bptt_stderr=0.3)
+    verdict = lambda *rows: races.verdict(list(rows))[1]
+    assert races.verdict([row("gru", 0, -1.0), row("gru", 1, -2.0), row("gru", 0, 9.0, "smt"),
+                          dict(rnn="gru", method="dmt", seed=2, rollout=99.0)]) == \
+        ("SMT → DMT, nats per image: gru 28.5 (over BPTT -1.50 ± 0.21)", "agrees")
+    assert verdict(row("gru", 0, -0.5)) == "open"  # within two standard errors ..
+    assert verdict(row("gru", 0, -0.5), row("gru", 1, -0.5)) == "agrees"  # .. but not with two seeds
+    assert verdict(row("gru", 0, -1.0), row("mlp", 0, 0.5)) == "open"
+    assert verdict(row("gru", 0, 1.0), row("mlp", 0, 0.5)) == "disagrees"
+    assert verdict(row("gru", 0, 1.0), row("mlp", 0, -1.0)) == "open"
+    assert verdict(row("gru", 0, 1.0, "smt")) == "open"  # nobody raced
 
 
 def test_what_both_have_solved_has_no_winner():
