@@ -1,4 +1,5 @@
-"""Table 1 and Fig. 6: time, memory and layers in a row, of a training step and of a new token."""
+"""Table 1, Fig. 6 and the pace: time, memory and layers in a row, of a step, a token, a loss."""
+import math
 import os
 import resource
 import time
@@ -241,3 +242,45 @@ def cheapest(rows: list[dict]) -> tuple[str, str]:
         less.append(need["ours"] < need["bptt"])
     return "layers in a row to the same loss, " + "; ".join(told), \
         "agrees" if all(less) else "open" if any(less) else "disagrees"
+
+
+# ------------------------------------------------------------------------------------------ pace
+
+# The paper preset at the laptop's sizes; rates are as much larger as small networks want them, and
+# decay and averaging are ours, which help it. One update in 16 has a label, as in the paper.
+PAPERS_WAY = dict(
+    preset="paper", dataset="mnist", levels=2, image_size=14, rnn="gru", n_val=16, ema=0.99,
+    batch_size=24, micro=1, d_model=64, n_heads=2, head_dim=0, mem_tokens=4, mem_dim=0,
+    enc_layers=2, dec_layers=2, lr=1e-3, warmup=50, eval_every=250)
+
+
+def pace(lab: Lab) -> tuple[str, str]:
+    """Ours: the loss of the RNN alone against minutes, the paper's way and race14's GRU."""
+    jobs = both("paper-gru", PAPERS_WAY, (3.0, 3.0), dmt=dict(
+        preset="paper", batch_size=24, spans=292, lr=1e-4, ema=0.99, n_val=16, eval_every=20))
+    jobs += races.race_jobs("race14", (0,), ("gru",), extra=False)
+
+    def measure():
+        done = train(lab, jobs)
+        for job in jobs:
+            if job.name in done:
+                yield from curve(lab, job)
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, "minutes of one core", "nats per validation image", height=4.0)
+    for task, how in (("paper", "the paper's way"), ("race14", "this project")):
+        for method in ("bptt", "smt", "dmt"):
+            at = [(r["minutes"], r["nats"]) for r in rows if (r["task"], r["method"]) ==
+                  (task, method)]
+            name = style.METHODS[method][0]
+            if at:
+                axes[0].loglog(*zip(*at), ls=":" if task == "paper" else "-", **style.of(method) |
+                               dict(label=name if method == "bptt" else f"{name}, {how}"))
+    style.plain_log(axes[0])
+    axes[0].legend()
+    style.save(fig, lab.out("pace.png"))
+    best = min((r for r in rows if r["task"] == "paper"), key=lambda r: r["nats"])
+    ours = [r for r in rows if r["task"] == "race14" and r["method"] != "bptt"]
+    when = min((r["minutes"] for r in ours if r["nats"] <= best["nats"]), default=math.inf)
+    return f"the paper's way: {best['nats']:.1f} nats after {best['minutes']:.1f} minutes, ours " \
+        f"after {when:.1f}, and in the end {min(r['nats'] for r in ours):.1f}", "open"
