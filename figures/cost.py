@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from figures import races, style
-from figures.runs import (Job, Lab, argv_of, both, call, last_line, launch, log, say,
+from figures.runs import (Job, Lab, argv_of, both, call, curve, last_line, launch, log, say,
                           store, stored, table, train)
 from figures.text import LOOKS, MINUTES, TEXT
 from console import fail
@@ -215,18 +215,6 @@ def fig6(lab: Lab) -> tuple[str, str]:
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     style.save(fig, lab.out("fig6.png"))
     return cheapest(rows)
-
-
-def curve(lab: Lab, job: Job):
-    """CSV rows of a run's validation losses; what DMT costs comes on top of its SMT."""
-    task, rnn, method, _ = job.name.split("-")
-    before = log(lab, job.after)[-1] if job.after else dict(seconds=0, tokens=0, layers=0)
-    for r in log(lab, job.name):
-        if "val_rollout" in r:
-            yield dict(task=task, rnn=rnn, method=method, nats=r["val_rollout"],
-                       minutes=(r["seconds"] + before["seconds"]) / 60,
-                       tokens=r["tokens"] + before["tokens"],
-                       layers=r["layers"] + before["layers"])
 
 
 def cheapest(rows: list[dict]) -> tuple[str, str]:

@@ -1,12 +1,14 @@
-"""Figures 4, 5, 17, 18 and 20: what the RNNs draw, and how they complete what they are given."""
+"""Figures 4, 5, 17, 18 and 20, and stories: what the RNNs draw and write, and how they complete what
+they are given."""
 import numpy as np
 import torch
 
 from figures import races, style
 from figures.nets import opened
-from figures.runs import Job, Lab, both, scores, table, train
+from figures.runs import Job, Lab, both, curve, scores, table, train
 from model import RNN
-from sample import generate
+from sample import continuations, generate
+from sources.files import written_whole
 
 INK = ".#"  # how a CSV spells two levels; digits alone would be read as a number
 
@@ -146,3 +148,45 @@ def fig20(lab: Lab) -> tuple[str, str]:
     style.save(fig, lab.out("fig20.png"))
     return "nats of the rest: " + ", ".join(f"{v:.1f} after {k}" for k, v in mean.items()), \
         "open"  # fewer pixels are left each time: it could not come out otherwise
+
+def stories(lab: Lab) -> tuple[str, str]:
+    """SMT -> DMT and BPTT on TinyStories in the same forty minutes of one core; what each writes
+    after the same words goes to a text file."""
+    f = dict(dataset="tinystories", rnn="gru", length=256, n_val=40)
+    jobs = both("stories-gru", f, (5.0, 35.0), dmt=dict(n_val=40, eval_every=400)) + \
+        [Job("stories-gru-bptt-0", "bptt", 40.0, f | dict(eval_every=100, seed=0))]
+    names = dict(dmt=jobs[1].name, bptt=jobs[2].name)
+
+    def measure():
+        done = train(lab, jobs)
+        got = scores(lab, done, 1000)
+        for job in jobs:
+            if job.name in done:
+                yield from curve(lab, job)
+        for method, name in names.items():
+            if s := got.get(name):
+                yield dict(task="test", method=method, nats=s["rollout"], stderr=s["stderr"],
+                           late=s["late"]["rollout"]) | races.paired(s, got.get(names["bptt"]))
+                _, rnn = opened(lab, name, "rnn")
+                gen = torch.Generator().manual_seed(0)
+                with written_whole(lab.out(f"stories-{method}.txt"), "w") as out:
+                    out.write(continuations(rnn, 4, 20 if lab.quick else 600, gen, 0.7,
+                                            prompt="Once upon a time"))
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, "minutes of one core", "nats per validation character", height=4.0)
+    for method in ("bptt", "smt", "dmt"):
+        at = [(r["minutes"], r["nats"]) for r in rows
+              if r["task"] == "stories" and r["method"] == method]
+        if at:
+            axes[0].loglog(*zip(*at), **style.of(method) | dict(ms=3))
+    style.plain_log(axes[0])
+    axes[0].legend()
+    style.save(fig, lab.out("stories.png"))
+    test = {r["method"]: r for r in rows if r["task"] == "test"}
+    told = ", ".join(f"{style.METHODS[m][0]} {r['nats']:.3f} ({r['late']:.3f} from the middle on)"
+                     for m, r in test.items())
+    apart, error = (test.get("dmt", {}).get(k) for k in ("over_bptt", "over_bptt_stderr"))
+    return f"nats per test character: {told}", \
+        "open" if apart is None or abs(apart) < 2 * error else \
+        "agrees" if apart < 0 else "disagrees"
