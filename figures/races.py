@@ -4,8 +4,8 @@
     python reproduce.py race28 --only gru          # 28x28, 40 minutes a run, one updater
     python reproduce.py racegpu --together 1       # 28x28 at the gpu preset's sizes, 17 minutes
 
-Besides BPTT and SMT -> DMT: all of BPTT after SMT (pretraining), and with the GRU on the first seed
-what could explain a result: DMT that crosses one update (--span 1, our loss), DMT without labels
+Besides BPTT and SMT -> DMT: all of BPTT after SMT (pretraining), on the first seed DMT that crosses
+one update (--span 1, our loss), and with the GRU what could explain a result: DMT without labels
 (--lambda_mse 0) and without recalling the past (--lambda_past 0), BPTT whose gradient crosses no
 more than DMT's does (--truncate) from scratch and after SMT. What starts from SMT has its minutes
 left over. Figures 4, 6 and 17 use these runs.
@@ -56,6 +56,8 @@ def race_jobs(race: str, seeds=(0, 1), updaters=UPDATERS, extra: bool = True) ->
                 jobs.append(race_job(race, r, rnn, method, seed))
     if extra:
         jobs += [race_job(race, r, EXPLAINED, method, seeds[0]) for method in EXTRA]
+        jobs += [race_job(race, r, rnn, "dmt-span1", seeds[0])
+                 for rnn in updaters if rnn != EXPLAINED]
         jobs += [race_job(race, r, rnn, "smt+bptt", seed)
                  for seed in seeds[:2] for rnn in updaters]
     return jobs
