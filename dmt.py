@@ -2,14 +2,15 @@
 
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt
     python dmt.py --ckpt runs/smt-mnist/ckpt.pt --span 1         # no gradient through time at all
-    python dmt.py --ckpt runs/smt-mnist/ckpt.pt --preset paper   # the paper's loss
+    python dmt.py --ckpt runs/paper/ckpt.pt --preset paper       # of smt.py --preset paper
 
 Many sequences are under way at once, each at a time of its own. In a step the RNN makes --span
 updates of each, from its own m_{t-1}; what it makes shall be what the frozen encoder makes there
 (Eq. 6), and predict (Eq. 2). A gradient crosses one span at most, and all spans are learnt from in
 parallel. Then each sequence goes on where its span ended, and one that is over makes room for a new
-one. So nothing is rolled out for nothing, and no memory is stale. The paper draws new sequences for
-every step (--spans) and rolls them out, without a graph. Writes runs/dmt-<dataset>.
+one. So nothing is rolled out for nothing; the oldest weights behind a memory are those of the step
+in which its sequence began. The paper draws new sequences for every step (--spans) and rolls them
+out, without a graph. Writes runs/dmt-<dataset>.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, fail
@@ -34,15 +35,14 @@ from sample import draw_samples
 class Config(flags.Config):
     ckpt: str = flag("checkpoint of smt.py (or of dmt.py) to start from; required", default="")
     span: int = flag("updates in a row that a gradient crosses; the paper: 1")
-    spans: int = flag("0: of every sequence the span that it has come to; else so many of all, and "
-                      "new sequences in every step, the paper")
+    spans: int = flag("0: one span of each sequence, which then goes on; else so many random spans "
+                      "of new sequences in every step, the paper")
     lambda_mse: float = flag("weight of Eq. 6, in units of the labels' variance")
     lambda_dec: float = flag("weight of the predictions, Eq. 2, read by the readout")
     detach_dec: bool = flag("predictions teach the readout alone; the paper: yes")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
     horizon: int = flag("updates the RNN runs alone, about; 0 = from 16 to all of them")
-    sweeps: bool = flag("find own memories at the start by sweeps over all times at once")
 
 
 def horizon_at(progress: float, most: int) -> int:
@@ -97,7 +97,7 @@ def begin(batch: tuple, encoder: Encoder, rnn: RNN, horizon: int, cfg: Config,
         b, i = torch.arange(B), torch.arange(B) * G // B
     with torch.no_grad():
         labels = labels_of(encoder, x, torch.zeros(B) if cfg.spans else i)
-        own = rnn.own_memories(labels, x, torch.arange(T), horizon, gen, cfg.sweeps)
+        own = rnn.own_memories(labels, x, torch.arange(T), horizon, gen)
     m = own[on_device(b, device), on_device(starts[b, i] - 1, device)]
     return Walk(x, y, labels, starts, b, i, m)
 
@@ -133,7 +133,8 @@ def go_on(walk: Walk, made: Tensor, task, encoder: Encoder, horizon: int,
     behind = on_device((walk.t - before - 1).clamp(min=0), device)
     m = made.detach()[torch.arange(B, device=device), behind]
     label = walk.labels[torch.arange(B, device=device), on_device(walk.t - 1, device)]
-    # Put back on the label: who begins, and, while rollouts are short, about every `horizon` updates.
+    # Put back on the label: who begins, and, while rollouts are short, about every `horizon`
+    # updates.
     back = walk.i == 0
     if horizon < T:
         back = back | (torch.rand(B, generator=gen) < made.shape[1] / horizon)
@@ -205,6 +206,9 @@ def demand_teacher(ckpt: dict | None) -> None:
     if "encoder" not in ckpt or "rnn" not in ckpt:
         fail(f"--ckpt {ckpt['path']} holds no encoder (it is from {ckpt['script']}.py); "
              "give one of smt.py")
+    if ckpt["script"] == "bptt":
+        fail(f"--ckpt {ckpt['path']} is from bptt.py, which has trained m_0; labels begin with the "
+             "encoder's; give one of smt.py or dmt.py")
 
 
 def teacher_and_rnn(ckpt: dict, device: str) -> tuple[dict, list]:

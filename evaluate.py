@@ -8,8 +8,8 @@
     one step   the encoder reads x_0 .. x_{t-1}, the RNN reads x_t and predicts (no likelihood of
                the RNN alone)
     rollout    the RNN alone, from m_0, on its own memories: the exact likelihood of the sequences
-    window     with --length: the teacher again, reading no more than it did in training; the other
-               teacher reads everything, at positions that it was never trained on
+    window     with --length: the teacher again, reading no more than it did in training; a causal
+               encoder is, as "teacher", given everything, at positions never trained on
 
 The gap between the three is the method. All is computed in fp32, on every device. Prints a table
 (or JSON alone) and writes evaluation.png beside the checkpoint.
@@ -149,7 +149,8 @@ class Drift:
         spread = max(spread, 1e-12)  # of memories that have collapsed
         n = self.rows // len(self.error)
         by_time = self.error / n / spread
-        return dict(drift=float(by_time.mean()), drift_by_time=by_time.tolist(),
+        # at t = 0 there is no update yet
+        return dict(drift=float(by_time[1:].mean()), drift_by_time=by_time.tolist(),
                     one_step_drift=float(self.error_one[1:].mean() / n / spread),
                     variance=spread / len(self.total))
 

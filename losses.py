@@ -12,7 +12,8 @@ asks cheaply; the sum of four questions is
     past      the last P inputs from every memory, by another (--past). A gradient that crosses few
               updates cannot say that an old input will be needed; who keeps them all is ready
 
---first 0 --heads 0 --past 0 is the paper's SMT; its DMT is the same with --first 1.
+With --first 0 --heads 0 --past 0 --lambda_fut 1 it is Eq. 2 as in the paper's SMT; in its DMT,
+--first 1.
 """
 import torch
 import torch.nn.functional as F
@@ -59,11 +60,12 @@ def next_targets(y: Tensor, t: Tensor, n: int) -> Tensor:
     return found.masked_fill(index >= valid.sum(1)[:, None, None], -1)
 
 
-def last_inputs(x: Tensor, t: Tensor, n: int) -> Tensor:
+def last_inputs(x: Tensor, t: Tensor, n: int, bos: int) -> Tensor:
     """The n inputs that were read last at the times t (N, S) of x (N, T), newest first: x_t ..
-    x_{t-n+1} (N, S, n); -1 for BOS, which is no news, and for what was before it."""
+    x_{t-n+1} (N, S, n); -1 for what was before x_0 and for BOS, which in texts comes up again."""
     when = t[..., None] - torch.arange(n, device=x.device)                      # (N, S, n)
-    return x.gather(1, when.clamp(min=0).flatten(1)).view(when.shape).masked_fill(when < 1, -1)
+    found = x.gather(1, when.clamp(min=0).flatten(1)).view(when.shape)
+    return found.masked_fill((when < 0) | (found == bos), -1)
 
 
 def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,9 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     valid = (target >= 0).float()
     wrong, rows = valid, m.flatten(0, 1)                    # without heads no place is special
     if heads is not None and heads.P:
-        out["past"] = cross_entropy(heads.recall(rows), last_inputs(x, t, heads.P).flatten(0, 1))
+        said = heads.recall(rows)                                           # (N S, P, ids < BOS)
+        read = last_inputs(x, t, heads.P, bos=said.shape[-1]).flatten(0, 1)
+        out["past"] = cross_entropy(said, read)
     if heads is not None and heads.F:
         guess, ahead = heads(rows), next_targets(y, t, heads.F).flatten(0, 1)   # (N S, F, V)
         # the very next target counts as much as all of them together
@@ -107,16 +111,17 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     if cfg.first:
         # A pixel of the margin teaches nothing: decode where the guess goes wrong, weigh by how
         # seldom that is, and what is expected stays the mean over all. The 0.2 bounds the weights.
-        some, weight = draw(wrong, max(1, round(cfg.first * density * len(rows))), gen)
+        some, scale = draw(wrong, max(1, round(cfg.first * density * len(rows))), gen)
         logits = decoder(rows[some])[:, 0].float()
         nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
-        out["first"] = (weight * nats).mean() / valid.mean().clamp(min=1e-9)
+        # the mean over all rows becomes that over those with a target
+        out["first"] = (scale * nats).mean() / valid.mean().clamp(min=1e-9)
     if whole := getattr(cfg, "futures", 0):  # Eq. 2 as the paper has it; DMT has no such flag
         S = t.shape[1]
         some = on_device(torch.randperm(len(rows), generator=gen)[:whole], m.device)
-        n, now = some // S, t.flatten()[some]
-        x_fut, y_fut = futures(x, y, n, now, min(decoder.c.fut_len, x.shape[1]))
+        b, now = some // S, t.flatten()[some]
+        x_fut, y_fut = futures(x, y, b, now, min(decoder.c.fut_len, x.shape[1]))
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
-    weight = dict(past=cfg.lambda_past, futures=getattr(cfg, "lambda_fut", 1.0))
-    total = sum((weight.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))
+    weights = dict(past=cfg.lambda_past, futures=getattr(cfg, "lambda_fut", 1.0))
+    total = sum((weights.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))
     return dict(dec=total) | out

@@ -17,7 +17,8 @@ Glossary (paper's symbol, shape, meaning; the same names everywhere in this proj
                                        in spans, updates
     x       x         (B, T) int64     inputs
     y       y         (B, T) int64     targets, -1 = no target here
-    m       m_t       (B, K, d)        memory after x_0 .. x_t; tokens have root-mean-square 1
+    m       m_t       (B, K, d)        memory after x_0 .. x_t; tokens have root-mean-square 1 (but
+                                       BPTT's m_0, which is trained)
     Encoder E_phi                      context -> m_t
     Decoder D_psi                      m_t, x_{t+1..t+Tf-1} -> y_t .. y_{t+Tf-1} (Eq. 2)
     update  f_theta                    m_{t-1}, x_t -> m_t                       (Eq. 1)
@@ -419,34 +420,26 @@ class RNN(nn.Module):
 
     @torch.no_grad()
     def own_memories(self, labels: Tensor, x: Tensor, times: Tensor, horizon: int,
-                     gen: torch.Generator, sweeps: bool = False) -> Tensor:
+                     gen: torch.Generator) -> Tensor:
         """Where the RNN really is: its own memories, at most horizon - 1 updates away from an
         encoder's, without a graph: (B, n, K, d).
 
         labels (B, n, K, d) are the encoder's memories at n consecutive times, x (B, n) the inputs
-        there. Every sequence is cut into pieces of `horizon` times, the first of random length; at
-        the start of a piece the memory is the encoder's, from there the RNN runs alone, all pieces
-        at once. With `sweeps` instead horizon - 1 Jacobi sweeps m_t <- f(m_{t-1}, x_t) over all
-        times at once; n - 1 of them are the exact rollout.
+        there. All sequences are cut at the same places into pieces of `horizon` times, the first of
+        random length; at the start of a piece the memory is the encoder's, from there the RNN runs
+        alone, all pieces at once.
         """
         n, times = x.shape[1], on_device(times, x.device)
         horizon, own = min(horizon, n), labels.detach().clone()
         events = self.updater.event(x, times)
-
-        def run(before: slice, now: slice) -> None:
-            own[:, now] = self.next_memory(own[:, before], events[:, now]).to(own.dtype)
-
-        if sweeps:
-            # sweep i makes the first i memories exact; the rest come closer, too
-            for _ in range(horizon - 1):
-                run(slice(0, n - 1), slice(1, n))
-            return own
         # a random first piece, so that every time is now young, now old
         start = int(torch.randint(horizon, (), generator=gen)) if horizon < n else 0
         for age in range(1, horizon):
-            first = (start + age) % horizon or horizon  # the places i >= 1 with i - start = age
+            # all places i with (i - start) mod horizon = age, but 0, which is always a label
+            first = (start + age) % horizon or horizon
             if first < n:
-                run(slice(first - 1, n - 1, horizon), slice(first, n, horizon))
+                before, now = slice(first - 1, n - 1, horizon), slice(first, n, horizon)
+                own[:, now] = self.next_memory(own[:, before], events[:, now]).to(own.dtype)
         return own
 
 
@@ -465,7 +458,7 @@ class Heads(nn.Module):
                 nn.init.zeros_(w.weight)  # as the decoder's: predictions start uniform
 
     def forward(self, m: Tensor) -> Tensor:
-        """m (N, K, d) -> logits (N, F, V) of y_t, y_{t+1} .."""
+        """m (N, K, d) -> logits (N, F, V) of the next F valid targets, y_t and later."""
         return self.linear(m.flatten(1)).unflatten(1, (self.F, -1))
 
     def recall(self, m: Tensor) -> Tensor:

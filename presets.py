@@ -56,7 +56,6 @@ PRESETS["laptop"] = {
     "micro":             (1,            _,            _),
     "span":              (_,            16,           _),
     "spans":             (_,            0,            _),
-    "sweeps":            (_,            False,        _),
     "truncate":          (_,            _,            0),
     "recompute":         (_,            _,            0),
 
@@ -125,7 +124,7 @@ PRESETS["paper"] = {
     "rnn_from":          (0.0,          _,            _),
     "decode_own":        (False,        _,            _),
     "first":             (0.0,          1.0,          _),
-    "futures":           (32,           _,            _),  # of a micro-batch: one a sequence
+    "futures":           (32,           _,            _),  # of a micro-batch's 64, at random
     "lambda_fut":        (1.0,          _,            _),
     "horizon":           (1,            256,          _),
     "micro":             (4,            _,            _),

@@ -1,12 +1,12 @@
-"""Supervised Memory Training (Eq. 2-5): encoder, decoder and RNN learn together, nothing recurs.
+"""Supervised Memory Training (Eq. 2-5): encoder, decoder, RNN learn together, no gradient recurs.
 
     python smt.py                                   # glyphs: nothing to download, 3 minutes
     python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
     python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
 
-One step: one pass of the encoder makes the memories of all times; the RNN learns all transitions
-between them at once; decoder and heads predict the future from every one of them. A gradient
-crosses one update at most. Writes runs/smt-<dataset>.
+One step: a pass of the encoder makes the memories of all times; they predict; the RNN learns all
+transitions of some sequences at once. Ours: it joins half-way, and learns from memories of its own,
+too, made without a graph. A gradient crosses one update. Writes runs/smt-<dataset>.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli
@@ -33,11 +33,11 @@ class Config(flags.Config):
     lambda_unif: float = flag("weight of the uniformity loss, Eq. 4")
     detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
     times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
-    rnn_batch: int = flag("the RNN learns from so many sequences of a batch; 0 = all")
+    rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
     rnn_from: float = flag("part of the run without the RNN, first of all; the paper: 0")
     decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
-    horizon: int = flag("learn also after so many updates alone; 0 = all; the paper: 1")
-    futures: int = flag("memories that must predict their whole future")
+    horizon: int = flag("learn after horizon - 1 updates alone, too; 0 = all; paper: 1")
+    futures: int = flag("memories of a part that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that predict y_t alone; the paper: 0")
@@ -56,8 +56,8 @@ def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
 
 
 def horizon_at(progress: float, most: int) -> int:
-    """Curriculum: 4 updates alone at first, growing geometrically to `most` when 80 % of the RNN's
-    part of the run is done. At first the RNN's own memories are no place to learn from."""
+    """Curriculum: 4 at first, growing geometrically to `most` when 80 % of the RNN's part of the
+    run is done. At first the RNN's own memories are no place to learn from."""
     # Geometrically, 4 -> 8 -> 16 ..: each doubling takes as long, and most of a run stays cheap.
     return min(most, round(4 * (most / 4) ** min(1.0, progress / 0.8)))
 
@@ -67,7 +67,7 @@ def uniformity(m: Tensor, gen: torch.Generator, most: int = 512) -> Tensor:
     pairs of different tokens, scaled to unit length. m (..., d) -> scalar; 0 when all are equal,
     lower when spread."""
     m, n = m.flatten(0, -2), m[..., 0].numel()
-    # 262,144 pairs; all 1,536 tokens of a laptop's step have 2.4 million, and GPU steps far more.
+    # 262,144 pairs; all 6,912 tokens of a laptop's step have 48 million, and GPU steps far more.
     # Drawn one by one: shuffling 800,000 tokens of a GPU's step would take longer than the step.
     pick = torch.arange(n) if n <= most else torch.randint(n, (most,), generator=gen)
     pick = on_device(pick, m.device)
@@ -176,22 +176,24 @@ def main(argv) -> None:
         run.set_learning_rate()
         joined = (run.progress - cfg.rnn_from) / max(1e-9, 1 - cfg.rnn_from)  # below 0: not yet
         horizon = horizon_at(max(0.0, joined), min(cfg.horizon or most, cfg.times or most, most))
-        means = {}
+        means, tokens = {}, 0
         # Parts of a batch share their times. With one pass for each time, the paper's way, several
         # parts give a step more times than one.
         for _ in range(cfg.micro):
             x, y = task.batch(mine.batch_size // cfg.micro, run.gen)            # (B, T) each
             times = sample_times(min(x.shape[1], most), cfg.times, run.gen)     # (n,)
+            # with two times its own memories would be labels, and the transition the same
+            alone = min(horizon, len(times)) if len(times) > 2 else 1
             density = task.density(x.shape[1])
             with autocast(device):
                 losses = teacher_alone(encoder, decoder, heads, x, y, times, mine, run.gen,
                                        density) if joined < 0 else \
-                    objective(encoder, decoder, rnn, heads, x, y, times, horizon, mine, run.gen,
+                    objective(encoder, decoder, rnn, heads, x, y, times, alone, mine, run.gen,
                               density)
             (losses["loss"] / cfg.micro).backward()
+            tokens += cfg.batch_size // cfg.micro * x.shape[1]
             means = {k: means.get(k, 0.0) + v.detach() / cfg.micro for k, v in losses.items()}
-        run.update(means, cfg.batch_size * x.shape[1],
-                   sequential_layers(c, 0 if joined < 0 else horizon))
+        run.update(means, tokens, sequential_layers(c, 0 if joined < 0 else alone))
 
         # Readout and m_0 are copies: made of averaged weights, and only when somebody looks.
         if run.time_to_evaluate() or run.time_to_save():

@@ -106,8 +106,9 @@ class Run:
         self.average = self.copies() if cfg.ema else []
         # On the CPU, whatever the device: the same seed gives the same batches everywhere.
         self.gen = torch.Generator().manual_seed(cfg.seed + 1_000_003 * ranks.RANK)
-        self.step, self.tokens, self.layers = 0, 0, 0  # what was spent, and seconds of it
-        self.spent, self.best = 0.0, math.inf
+        self.step, self.tokens, self.layers = 0, 0, 0
+        self.spent = 0.0  # seconds of earlier calls
+        self.best = math.inf
         self.kept = {}  # tensors that the script itself needs to go on
         self.sums, self.metrics = {}, {}  # losses since the last log line; the last evaluation
         self.history, self.columns = [], []  # rows of log.csv, and what it has columns for
@@ -261,14 +262,16 @@ class Run:
 
     def update(self, losses: dict[str, torch.Tensor], tokens: int = 0, layers: int = 0) -> None:
         """One optimiser step with the gradients that are there, and all that follows from it."""
+        if self.sums and losses.keys() - self.sums.keys():
+            self.log()  # a loss that joins now, as the RNN's, shall not be averaged over all steps
         self.count(tokens, layers)
         # Summed where they are: to read a number from a GPU after every step would make it wait.
         for k, v in losses.items():
             self.sums[k] = self.sums.get(k, 0.0) + v.detach()
+        ranks.average_gradients(self.parameters())
         # The paper clips teacher and RNN apart. Their gradients have different sizes, and one scale
         # for both would let the larger decide how far the smaller one steps.
-        ranks.average_gradients(self.parameters())
-        for group in self.trained:  # each by itself: a burst in one must not shrink another's step
+        for group in self.trained:
             norm = nn.utils.clip_grad_norm_(group, 1.0)
             self.sums["grad"] = self.sums.get("grad", 0.0) + norm
         for optimizer in self.optimizers:

@@ -9,7 +9,7 @@ import tiny
 from tiny import B, K, M, T, V, gen, networks, recipe, sequences
 
 import smt
-from losses import cross_entropy, draw, predictive
+from losses import cross_entropy, draw, last_inputs, predictive
 from model import Decoder, Heads
 
 ALL = 1000  # more memories than there are
@@ -181,6 +181,13 @@ def test_past_against_a_loop():
             logp = (heads.past.weight.view(tiny.P, V, K * M) @ m[b, i].flatten()).log_softmax(-1)
             every += [-logp[k, x[b, now - k]] for k in range(tiny.P) if now - k >= 1]
     assert torch.allclose(got["past"], torch.stack(every).mean(), atol=1e-5)
+
+
+def test_bos_between_two_texts_is_not_recalled():
+    """It has no class among those of the past."""
+    x, bos = torch.tensor([[9, 3, 9, 4, 5]]), 9
+    assert last_inputs(x, torch.tensor([[3, 0]]), 5, bos).tolist() == \
+        [[[4, -1, 3, -1, -1], [-1] * 5]]
 
 
 def test_the_four_questions_add_up():

@@ -51,41 +51,27 @@ def test_pieces(horizon, times):
 
 
 def test_horizon_one_is_behaviour_cloning():
-    """With horizon 1 every memory is the encoder's: SMT's pairs, or no sweep at all."""
+    """With horizon 1 every memory is the encoder's: SMT's pairs."""
     rnn, labels, x = setting()
-    for sweeps in (False, True):
-        assert torch.equal(rnn.own_memories(labels, x, torch.arange(T), 1, gen(), sweeps), labels)
+    assert torch.equal(rnn.own_memories(labels, x, torch.arange(T), 1, gen()), labels)
 
 
 def test_whole_horizon_is_the_rollout():
-    """With horizon T the pieces are one rollout from m_0, and so are T - 1 sweeps, and no fewer."""
+    """With horizon T the pieces are one rollout from m_0; with less they are not."""
     rnn, labels, x = setting()
     exact, times = rnn.memories(x), torch.arange(T)
     for horizon in (T, T + 7):
-        for sweeps in (False, True):
-            own = rnn.own_memories(labels, x, times, horizon, gen(), sweeps)
-            assert torch.allclose(own, exact, atol=1e-5)
-    short = rnn.own_memories(labels, x, times, T - 1, gen(), True)
+        assert torch.allclose(rnn.own_memories(labels, x, times, horizon, gen()), exact, atol=1e-5)
+    short = rnn.own_memories(labels, x, times, T - 1, gen())
     assert not torch.allclose(short, exact, atol=1e-3)
 
 
-def test_sweeps_age_by_one():
-    """After j sweeps m_t is j updates from the encoder's m_{t-j}, for all t at once."""
-    rnn, labels, x = setting()
-    own = rnn.own_memories(labels, x, torch.arange(T), 4, gen(), sweeps=True)
-    for t in range(1, T):
-        j = min(3, t)
-        alone = rnn.rollout(labels[:, t - j], x[:, t - j + 1:t + 1], t - j + 1)[:, -1]
-        assert torch.allclose(own[:, t], alone, atol=1e-5)
-
-
-@pytest.mark.parametrize("sweeps", [False, True])
-def test_labels_stay_as_they_are(sweeps):
+def test_labels_stay_as_they_are():
     """The RNN runs on a copy, and without a graph, whoever asks."""
     rnn, labels, x = setting()
     labels.requires_grad_()
     before = labels.detach().clone()
-    own = rnn.own_memories(labels, x, torch.arange(T), 5, gen(), sweeps)
+    own = rnn.own_memories(labels, x, torch.arange(T), 5, gen())
     assert torch.equal(labels, before) and not own.requires_grad and own is not labels
 
 

@@ -63,17 +63,16 @@ def test_the_count_of_smt_is_what_is_called(horizon, monkeypatch):
     assert len(calls) - (horizon > 1) == said
 
 
-@pytest.mark.parametrize("sweeps", [False, True])
 @pytest.mark.parametrize("horizon", [1, 3, T])
-def test_the_count_of_dmt_is_what_is_called(horizon, sweeps, monkeypatch):
+def test_the_count_of_dmt_is_what_is_called(horizon, monkeypatch):
     """To set out is one rollout, wherever its pieces begin; a step is one span, one readout, and
     labels for what is new."""
     rnn = networks()[2]
     calls = counted(rnn, monkeypatch)
-    cfg = recipe(dmt, sweeps=sweeps, span=3)
+    cfg = recipe(dmt, span=3)
     said = dmt.sequential_layers(config(), cfg, horizon)
     own = torch.randn(B, T, K, M)
-    rnn.own_memories(own, sequences()[0], torch.arange(T), horizon, gen(), sweeps)
+    rnn.own_memories(own, sequences()[0], torch.arange(T), horizon, gen())
     assert len(calls) == said[0] - 2 == horizon - 1
     calls.clear()
     x, y = sequences()
@@ -110,6 +109,38 @@ def test_log_csv_holds_both(command, tiny_smt, tmp_path):
     assert column("dmt", "layers") == [9 + 5 * s for s in range(1, 7)]
     ckpt = torch.load(tmp_path / "smt" / "ckpt.pt", weights_only=True)
     assert (ckpt["tokens"], ckpt["layers"]) == (B * T * 6, 9 * 6)
+
+
+def test_what_is_counted_is_what_was_read(command, tmp_path, monkeypatch):
+    """Short sequences among the long, and parts of a batch: tokens are those of all parts, updates
+    alone no more than the last part's times."""
+    seen, objective = [], smt.objective
+
+    def recorded(encoder, decoder, rnn, heads, x, y, times, horizon, *rest):
+        seen.append((x.numel(), horizon, len(times)))
+        return objective(encoder, decoder, rnn, heads, x, y, times, horizon, *rest)
+
+    monkeypatch.setattr(smt, "objective", recorded)
+    code, _, err = command("smt.py {TINY} --shortest 4 --micro 2 --rnn_from 0 --steps 9 "
+                           f"--log_every 1 --out_dir {tmp_path}/short")
+    assert code == 0, err
+    got = rows(tmp_path / "short")
+    assert len({n for n, _, _ in seen}) > 1
+    assert int(got[-1]["tokens"]) == sum(n for n, _, _ in seen)
+    assert all(horizon <= max(1, n if n > 2 else 1) for _, horizon, n in seen)
+    assert int(got[-1]["layers"]) == sum(2 + horizon + 1 for _, horizon, _ in seen[1::2])
+
+
+def test_a_loss_that_joins_late_is_not_diluted(command, tmp_path):
+    """The RNN's loss in the log is the mean over the steps that had one."""
+    for every in (1, 4):
+        code, _, err = command("smt.py {TINY} --rnn_from 0.5 --steps 6 "
+                               f"--log_every {every} --out_dir {tmp_path}/{every}")
+        assert code == 0, err
+    each = {r["step"]: r["dyn"] for r in rows(tmp_path / "1")}
+    some = {r["step"]: r["dyn"] for r in rows(tmp_path / "4")}
+    assert list(some) == ["3", "4", "6"] and some["3"] == each["3"] == ""
+    assert float(some["4"]) == pytest.approx(float(each["4"]))
 
 
 def test_layers_follow_the_curriculum(command, tmp_path):

@@ -23,7 +23,7 @@ SMT = dict(optimizer="adamw", lr=3e-4, warmup=0.01, decay=1.0, ema=0.0, batch_si
            horizon=1)
 DMT = dict(optimizer="adamw", lr=3e-5, warmup=0.01, decay=0.0, ema=0.0, batch_size=32, steps=1500,
            minutes=0.0, lambda_mse=10.0, lambda_dec=1.0, detach_dec=True, horizon=256, span=1,
-           spans=32 * 256 // 16, first=1.0, sweeps=False)
+           spans=32 * 256 // 16, first=1.0)
 TASKS = dict(retrieval=dict(times=0, ctx_len=0, fut_len=0), copy=dict(times=0, ctx_len=0),
              mnist=dict(levels=256, image_size=28, times=2), tinystories=dict(length=256 + 64))
 

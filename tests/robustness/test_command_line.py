@@ -35,9 +35,9 @@ def here(tmp_path_factory, tiny_smt):
     (folder / "file").write_text("not a folder")
     from conftest import RUN, SIZES, TASK
     for script, flags in (("smt", f"{TASK} {SIZES}"), ("dmt", f"--ckpt {tiny_smt}"),
-                          ("bptt", f"{TASK} {SIZES}"),
+                          ("bptt", f"{TASK} {SIZES}"), ("bptt", f"--init {tiny_smt}"),
                           ("transformer", f"{TASK} {SIZES}")):
-        out_dir = folder / "runs" / script
+        out_dir = folder / "runs" / ("init" if "--init" in flags else script)
         line = f"{flags} {RUN} --eval_every 0 --out_dir {out_dir}"
         importlib.import_module(script).main(line.split())
     return folder
@@ -151,7 +151,7 @@ BAD = [  # command, what its one line must mention
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --d_model 16", "--d_model"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --length 8", "--length"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --dataset glyphs", "--dataset"),
-    ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --sweeps 3", "3"),
+    ("dmt.py {RUN} --ckpt runs/init/ckpt.pt", "is from bptt.py"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --horizon -1", "--horizon"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --span 0", "--span"),
     ("dmt.py {RUN} --ckpt runs/smt/ckpt.pt --span 9", "--span 9 does not fit"),
@@ -437,8 +437,7 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
        "--lambda_mse 5 | --span 1 | --spans 5 | --first 0 | "
-       "--lambda_past 3 | --ema 0.05 | --horizon 1 | "
-       "--horizon 3 + --sweeps").split(" | ")
+       "--lambda_past 3 | --ema 0.05 | --horizon 1 | --horizon 3").split(" | ")
 BPTT = ["--lr 0.01", "--truncate 1", "--truncate 2", "--truncate 7", "--init {tiny_smt}"]
 WITHOUT = set("recompute dataset data_dir preset device threads compile graph ckpt init".split()) \
     | set(data.HELP)

@@ -21,7 +21,7 @@ VALUES = dict(  # another value than the default, for the tiny runs below
     ckpt_every=1, lambda_dec=3, lambda_dyn=3, lambda_unif=3, detach_rnn=None, times=4, rnn_batch=2,
     rnn_from=0,
     decode_own=False, horizon=1, futures=3, lambda_fut=3, first=0.7, micro=2, span=1, spans=5,
-    lambda_mse=3, detach_dec=None, sweeps=None, truncate=2, length=9,
+    lambda_mse=3, detach_dec=None, truncate=2, length=9,
     image_size=9, glyphs="ab", jitter=0.1, levels=256, binarize="static", data_file="elsewhere",
     variant="ours", symbols=4, noise=0.9, needle_range=5, reverse=False, depth=2, keys=3,
     key_len=1, examples=3, modulus=5, items=3, gamma=0.1, ckpt="", init="")
@@ -136,7 +136,6 @@ def test_flags_that_read_a_checkpoint(script, kind, command, runs, tmp_path, mon
     "smt.py {TASK} {SIZES} {RUN} --lambda_dec 0 --lambda_dyn 0 --lambda_unif 0",
     "dmt.py --ckpt {synthetic}/ckpt.pt {RUN} --lambda_dec 0 --lambda_mse 0",
     "dmt.py --ckpt {synthetic}/ckpt.pt {RUN} --lambda_dec 0 --detach_dec",
-    "dmt.py --ckpt {synthetic}/ckpt.pt {RUN} --horizon 1 --sweeps",
     "sample.py --ckpt {picture}/ckpt.pt --chars 9", "sample.py --ckpt {text}/ckpt.pt --out x.png",
     "sample.py --ckpt {synthetic}/ckpt.pt --temperature 2",
     "sample.py --ckpt {synthetic}/ckpt.pt --seed 2",
