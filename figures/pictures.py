@@ -1,5 +1,5 @@
-"""Figures 4, 5, 17, 18, 20, and stories: what the RNNs draw and write, and how they complete what they
-are given."""
+"""Figures 4, 5, 17, 18 and 20, and stories: what RNNs draw and write, and how they complete what
+they are given."""
 import numpy as np
 import torch
 

@@ -117,7 +117,7 @@ def reach_runs(T: int, minutes: float) -> list[Job]:
 
 
 def reach(lab: Lab) -> tuple[str, str]:
-    """Minutes until the RNN alone is within 0.01 nats of the optimum of retrieval, up to T = 512."""
+    """Minutes until the RNN alone is within 0.01 nats of the optimum of retrieval, to T = 512."""
     jobs = {T: reach_runs(T, minutes) for T, minutes in lab.few(REACH.items())}
 
     def measure():
