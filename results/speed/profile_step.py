@@ -2,7 +2,7 @@
 
     python results/speed/profile_step.py            # laptop sizes, MNIST 14x14, one thread
 
-Prints, for a step of SMT, a round of DMT and a step of BPTT, the share of time in matrix products,
+Prints, for a step of SMT, of DMT and of BPTT, the share of time in matrix products,
 attention and the rest (element-wise work, copies, overhead), and the rate of the matrix products
 beside that of one large product.
 """
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     b = bench.Bench("laptop", "mnist", "cpu", flags.Config.data_dir)
     print(f"large matrix product: {bench.matmul_rate('cpu') / 1e9:.0f} GFLOP/s")
-    for name, step, repeat in (("SMT, a step", b.smt_ours, 8), ("DMT, a round", b.dmt_ours, 3),
+    for name, step, repeat in (("SMT, a step", b.smt_ours, 8), ("DMT, a step", b.dmt_ours, 3),
                                ("BPTT, a step", b.bptt, 3)):
         spent, rate = shares(step, repeat)
         total = sum(spent.values())
