@@ -79,7 +79,7 @@ FIGURES = {
     "reach": ("not in the paper: how far back does it reach, and after how long?",
               "retrieval, T = 64 to 512, GRU, minutes until 0.01 nats, up to 8", tasks.reach),
     "stories": ("TinyStories: SMT → DMT predicts better than BPTT, and writes stories",
-                "GRU, windows of 256 bytes, 40 minutes of one core for each side",
+                "GRU, windows of 256 bytes, 20 minutes of one core for each side",
                 pictures.stories),
     "pace": ("not in the paper: how much sooner than its own way is the loss there?",
              "14×14, GRU: the paper's SMT and DMT at laptop sizes, 3 + 3 minutes, beside race14",

@@ -150,11 +150,11 @@ def fig20(lab: Lab) -> tuple[str, str]:
         "open"  # fewer pixels are left each time: it could not come out otherwise
 
 def stories(lab: Lab) -> tuple[str, str]:
-    """SMT -> DMT and BPTT on TinyStories in the same forty minutes of one core; what each writes
+    """SMT -> DMT and BPTT on TinyStories in the same twenty minutes of one core; what each writes
     after the same words goes to a text file."""
     f = dict(dataset="tinystories", rnn="gru", length=256, n_val=40)
-    jobs = both("stories-gru", f, (5.0, 35.0), dmt=dict(n_val=40, eval_every=400)) + \
-        [Job("stories-gru-bptt-0", "bptt", 40.0, f | dict(eval_every=100, seed=0))]
+    jobs = both("stories-gru", f, (2.5, 17.5), dmt=dict(n_val=40, eval_every=400)) + \
+        [Job("stories-gru-bptt-0", "bptt", 20.0, f | dict(eval_every=100, seed=0))]
     names = dict(dmt=jobs[1].name, bptt=jobs[2].name)
 
     def measure():
