@@ -65,7 +65,7 @@ FIGURES = {
     "fig16": ("λ_dyn and λ_unif matter little over a wide range",
               "TinyStories, GRU, SMT alone", text.fig16),
     "fig17": ("MNIST 28×28: BPTT draws streaks, SMT → DMT digits",
-              "the runs of race28 with the GRU; a GPU would help", pictures.fig17),
+              "the runs of race28, MLP and GRU; a GPU would help", pictures.fig17),
     "fig18": ("Sketchy, more samples", "the runs of fig5", pictures.fig18),
     "fig19": ("memories as colours follow the image", "a run of race14", inside.fig19),
     "fig20": ("the RNN completes images from growing prefixes", "a run of race14", pictures.fig20),

@@ -87,7 +87,8 @@ def fig4(lab: Lab) -> tuple[str, str]:
 
 def fig17(lab: Lab) -> tuple[str, str]:
     """MNIST 28x28, where a sequence has 784 pixels, with our optimiser."""
-    return show(lab, raced("race28", ("gru",)), 25, 5, 3)
+    updaters = ("gru",) if lab.quick else ("mlp", "gru")
+    return show(lab, raced("race28", updaters), 25, 5, 3)
 
 
 def sketchy() -> dict:
