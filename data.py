@@ -134,7 +134,8 @@ def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
         about = "drawings after photographs, the Sketchy Database" if name == "sketchy" else \
             f"the pictures in {data_dir}"
         pictures = images.folder_images(name, data_dir, **o)
-        return images.image_data(name, pictures, 2, device, about + "; black and white")
+        return images.image_data(name, pictures, 2, device, about + "; black and white",
+                                 mirror=name == "sketchy")  # there are few
     if name in TEXTS:
         return text.text_data(name, data_dir, device=device, **o)
     if "shortest" in o:

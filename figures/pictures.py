@@ -94,8 +94,8 @@ def fig17(lab: Lab) -> tuple[str, str]:
 def sketchy() -> dict:
     """SMT -> DMT and BPTT on drawings of 32x32, one updater, equal minutes."""
     flags = dict(dataset="sketchy", rnn="gru", past=256)
-    jobs = both("sketchy-gru", flags, (5.0, 35.0), dmt=dict(span=64, eval_every=400)) + \
-        [Job("sketchy-gru-bptt-0", "bptt", 40.0, flags | dict(lr=5e-3, seed=0))]
+    jobs = both("sketchy-gru", flags, (3.75, 26.25), dmt=dict(span=64, eval_every=400)) + \
+        [Job("sketchy-gru-bptt-0", "bptt", 30.0, flags | dict(lr=5e-3, seed=0))]
     return dict(jobs=jobs, shown={"SMT → DMT": jobs[1].name, "BPTT": jobs[2].name})
 
 

@@ -12,6 +12,7 @@ import os
 import struct
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ from sources.files import (BAD_CONTENT, Data, DataError, cached, check, find_fil
 # ----------------------------------------------------------------------------------------------
 # any pictures
 
-def image_data(name, images, levels, device="cpu", about=""):
+def image_data(name, images, levels, device="cpu", about="", mirror=False):
     """A Data from uint8 pictures {"train", "val", "test": (N, H, W)} with values 0..levels-1; 0 is
-    paper."""
+    paper. With `mirror` half of the pictures of a training batch are mirrored, left to right."""
     H, W = images["train"].shape[1:]
     flat = {split: v.flatten(1).to(device) for split, v in images.items()}  # uint8: MNIST is 55 MB
     mark = hashlib.sha256(b"".join(v.numpy().tobytes() for v in images.values())).hexdigest()
@@ -39,8 +40,13 @@ def image_data(name, images, levels, device="cpu", about=""):
 
     def batch(n, generator):
         train = flat["train"]
-        return sequences(train[torch.randint(len(train), (n,), generator=generator)
-                               .to(device, non_blocking=True)])
+        picked = train[torch.randint(len(train), (n,), generator=generator)
+                       .to(device, non_blocking=True)]
+        if mirror:
+            turn = (torch.rand(n, 1, 1, generator=generator) < 0.5).to(device)
+            picked = picked.view(n, H, W)
+            picked = torch.where(turn, picked.flip(2), picked).flatten(1)
+        return sequences(picked)
 
     def held_out(split, n=None):
         assert split in ("val", "test"), split
@@ -218,12 +224,14 @@ def folder_images(name, data_dir, image_size):
     the same split."""
     check(8 <= image_size <= 128, "image_size", image_size, f"between 8 and 128 for {name}")
     folder, paths = sketchy_files(data_dir) if name == "sketchy" else picture_files(data_dir)
+    packed = paths[0].suffix == ".npz"
     stats = [path.stat() for path in paths]
     facts = (name, image_size, [str(path) for path in paths],
              max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats))
 
     def pack(file):
-        bits, split = pack_pictures(folder, paths, image_size, by_photo=name == "sketchy")
+        bits, split = shrunk_drawings(paths[0], image_size) if packed else \
+            pack_pictures(folder, paths, image_size, by_photo=name == "sketchy")
         np.savez(file, bits=bits, split=split)
 
     with np.load(cached(folder, ".npz", facts, pack)[0], allow_pickle=False) as z:
@@ -249,12 +257,44 @@ def picture_files(data_dir):
 
 
 def sketchy_files(data_dir):
+    """(folder, files): the largest sketchy_*.npz, many drawings in one file, or all pictures."""
+    for folder in (Path(data_dir, sub) for sub in ("sketchy", "sketch", "")):
+        if packed := [path for path in folder.glob("sketchy_*.npz") if path.is_file()]:
+            return folder, [max(packed, key=lambda path: path.stat().st_size)]
     for folder in (Path(data_dir, sub) for sub in SKETCHY):
         if paths := sorted(path for path in folder.glob("*/*.png") if path.is_file()):
             return folder, paths
     raise DataError(f"{Path(data_dir, SKETCHY[0])}: missing; get the archive of the Sketchy "
                     "Database from http://sketchy.eye.gatech.edu and unpack it there, or name its "
                     "folder with --data_dir")
+
+
+def part_of(path, by_photo):
+    """0, 1, 2 = train, val, test for a picture. class/photo-3.png is the third sketch of
+    class/photo."""
+    group = path.parent / (path.stem.rpartition("-")[0] or path.stem) if by_photo else path
+    u = int(hashlib.sha1(os.fsencode(group.as_posix())).hexdigest()[:8], 16) % 100
+    return 1 if u < SHARE["val"] else 2 if u < SHARE["val"] + SHARE["test"] else 0
+
+
+def shrunk_drawings(path, size):
+    """The same of a file with arrays images_packed (N, bytes), bits of drawings with 1 = ink, shape
+    (2,), and filenames (N,), class/photo-n.png."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            packed, names = z["images_packed"], z["filenames"]
+            h, w = (int(v) for v in z["shape"])
+        if h != w or not 8 <= h <= 1024 or packed.shape != (len(names), -(-h * w // 8)):
+            raise ValueError(f"{len(names)} names, {h}x{w} pixels, but bits {packed.shape}")
+        split = [part_of(Path(str(name)), by_photo=True) for name in names]
+        bits = []
+        for some in packed:  # one by one: little memory
+            page = torch.from_numpy(np.unpackbits(some, count=h * w)).view(1, 1, h, w).float()
+            ink = F.adaptive_avg_pool2d(page, size)[0, 0] >= STROKE - 1e-5
+            bits.append(np.packbits(ink.numpy()))
+    except (*BAD_CONTENT, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise DataError(f"{path}: no drawings ({one_line(e)}); delete it, or get it again")
+    return np.stack(bits), np.array(split, np.uint8)
 
 
 def pack_pictures(folder, paths, size, by_photo):
@@ -268,11 +308,7 @@ def pack_pictures(folder, paths, size, by_photo):
         except Exception:  # a broken picture raises a dozen types in Pillow
             skipped.append(str(path.relative_to(folder)))
             continue
-        group = path.relative_to(folder)
-        if by_photo:  # class/photo-3.png is the third sketch of class/photo
-            group = group.parent / (path.stem.rpartition("-")[0] or path.stem)
-        u = int(hashlib.sha1(os.fsencode(group.as_posix())).hexdigest()[:8], 16) % 100
-        split.append(1 if u < SHARE["val"] else 2 if u < SHARE["val"] + SHARE["test"] else 0)
+        split.append(part_of(path.relative_to(folder), by_photo))
     if skipped:
         some = ", ".join(skipped[:3]) + (" .." if len(skipped) > 3 else "")
         print(f"{folder}: skipped {len(skipped)} of {len(paths)}, which cannot be read as "

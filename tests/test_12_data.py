@@ -65,6 +65,20 @@ def test_six_pixels_written_out():
     assert torch.equal(data.sequences_to_images(d, h["y"]), picture.float())
 
 
+def test_half_of_a_batch_is_mirrored():
+    """Left to right, in training alone, and only where it was asked for."""
+    picture = torch.tensor([[[1, 0, 0], [1, 1, 0]]], dtype=torch.uint8)
+    images = dict(train=picture, val=picture, test=picture)
+    for mirror in (True, False):
+        d = pictures.image_data("toy", images, levels=2, mirror=mirror)
+        x, y = d.batch(400, torch.Generator().manual_seed(0))
+        turned = (y == torch.tensor([0, 0, 1, 0, 1, 1])).all(1)
+        assert (turned | (y == torch.tensor([1, 0, 0, 1, 1, 0])).all(1)).all()
+        assert 150 < turned.sum() < 250 if mirror else not turned.any()
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert d.held_out("test")["y"].tolist() == [[1, 0, 0, 1, 1, 0]]
+
+
 @pytest.mark.parametrize("name", ["glyphs", "retrieval"])
 def test_every_sequence_starts_with_bos_and_stays_in_its_alphabet(name):
     """x_0 = BOS and only x_0; every other input and every target lies inside its vocabulary."""

@@ -300,6 +300,55 @@ def test_a_folder_that_is_not_for_writing_is_left_alone(album, cache, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+# --- many drawings in one file ---------------------------------------------------------------------
+
+def packed(path, n=120, side=16, **changes):
+    """sketchy_*.npz with n random drawings, three of each photo."""
+    ink = (np.random.default_rng(0).random((n, side, side)) < 0.1).astype(np.uint8)
+    arrays = dict(images_packed=np.packbits(ink.reshape(n, -1), axis=1), shape=np.array([side, side]),
+                  filenames=np.array([f"bee/n{i // 3}-{i % 3}.png" for i in range(n)])) | changes
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return ink
+
+
+def test_packed_drawings_are_those_of_the_pictures(tmp_path):
+    """The same drawings as pictures of a folder come to the same sequences and splits."""
+    (tmp_path / "one").mkdir()
+    ink = packed(tmp_path / "one" / "sketchy_some.npz")
+    for i, drawing in enumerate(ink):
+        path = tmp_path / "many" / "sketchy" / "bee" / f"n{i // 3}-{i % 3}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255 * (1 - drawing)).save(path)
+    one, many = (pictures.folder_images("sketchy", tmp_path / k, 8) for k in ("one", "many"))
+    for split in one:
+        assert sorted(numbers(one[split])) == sorted(numbers(many[split])), split
+
+
+def test_the_largest_packed_file_counts(tmp_path):
+    """Also beside pictures, and however often it is asked."""
+    for n in (90, 120):
+        packed(tmp_path / f"sketchy_{n}.npz", n)
+    (tmp_path / "bee").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "bee" / "n1-1.png")
+    for _ in range(2):
+        got = pictures.folder_images("sketchy", tmp_path, 8)
+        assert sum(map(len, got.values())) == 120
+
+
+@pytest.mark.parametrize("changes", [
+    dict(filenames=None), dict(shape=None), dict(shape=np.array([16, 17])), dict(shape=np.array([4])),
+    dict(images_packed=np.zeros((3, 5), np.uint8)), dict(images_packed=np.zeros((120, 32))),
+    dict(filenames=np.array([object()] * 120)), "text", "cut"])
+def test_a_broken_packed_file_is_one_line(tmp_path, changes):
+    path = tmp_path / "sketchy_some.npz"
+    packed(path, **changes if isinstance(changes, dict) else {})
+    if isinstance(changes, str):
+        path.write_bytes(b"text" if changes == "text" else path.read_bytes()[:300])
+    with pytest.raises(DataError, match="no drawings") as e:
+        data.load("sketchy", tmp_path, image_size=8)
+    assert "\n" not in str(e.value) and str(path) in str(e.value)
+
+
 # --- the real sketches ----------------------------------------------------------------------------
 
 REAL = Path(os.environ.get("SMT_DATA_DIR") or "absent")
@@ -312,7 +361,7 @@ def test_the_real_sketches(monkeypatch, cache):
     they lie."""
     before = set(REAL.iterdir()), set((REAL / "sketch/png").iterdir())
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == cache)
-    got = pictures.folder_images("sketchy", REAL, 64)
+    got = pictures.folder_images("sketchy", REAL / "sketch/png", 64)
     everything = torch.cat(list(got.values())).float()
     assert len(everything) == len(list(REAL.glob("sketch/png/*/*.png")))
     assert 0.03 < everything.mean() < 0.1 and (everything.sum((1, 2)) > 20).all()
