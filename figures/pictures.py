@@ -94,8 +94,8 @@ def fig17(lab: Lab) -> tuple[str, str]:
 def sketchy() -> dict:
     """SMT -> DMT and BPTT on drawings of 32x32, one updater, equal minutes."""
     flags = dict(dataset="sketchy", rnn="gru", past=256)
-    jobs = both("sketchy-gru", flags, (3.75, 26.25), dmt=dict(span=64, eval_every=400)) + \
-        [Job("sketchy-gru-bptt-0", "bptt", 30.0, flags | dict(lr=5e-3, seed=0))]
+    jobs = both("sketchy-gru", flags, (2.5, 17.5), dmt=dict(span=64, eval_every=400)) + \
+        [Job("sketchy-gru-bptt-0", "bptt", 20.0, flags | dict(lr=5e-3, seed=0))]
     return dict(jobs=jobs, shown={"SMT → DMT": jobs[1].name, "BPTT": jobs[2].name})
 
 
@@ -154,7 +154,8 @@ def stories(lab: Lab) -> tuple[str, str]:
     """SMT -> DMT and BPTT on TinyStories in the same twenty minutes of one core; what each writes
     after the same words goes to a text file."""
     f = dict(dataset="tinystories", rnn="gru", length=256, n_val=40)
-    jobs = both("stories-gru", f, (2.5, 17.5), dmt=dict(n_val=40, eval_every=400)) + \
+    dmt = dict(span=64, batch_size=64, n_val=40, eval_every=400)
+    jobs = both("stories-gru", f, (2.5, 17.5), dmt=dmt) + \
         [Job("stories-gru-bptt-0", "bptt", 20.0, f | dict(eval_every=100, seed=0))]
     names = dict(dmt=jobs[1].name, bptt=jobs[2].name)
 
