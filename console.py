@@ -21,6 +21,10 @@ def excepthook(kind, *error):
 
 sys.excepthook = excepthook
 
+# A thread that waits for the others sleeps. By default it spins, and where another process is busy,
+# too, a step takes forty times as long (two cores, two threads). torch reads this when it starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # torch imports numpy from C, which would swallow Ctrl-C: it comes first, by itself
 import numpy  # noqa: E402, F401
 import torch  # noqa: E402

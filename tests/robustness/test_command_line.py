@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -272,6 +273,18 @@ def test_other_failures_keep_their_traceback(monkeypatch):
         console.cli(raising(RuntimeError("CUDA out of memory. Tried to allocate")))
     with pytest.raises(SystemExit, match="130"):
         console.cli(raising(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("mine, want", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(mine, want):
+    """Before torch is imported, or it would not be heard."""
+    code = "import sys, os\nclass Spy:\n    def find_spec(self, name, *rest):\n" \
+           "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY')); sys.exit()\n" \
+           "sys.meta_path.insert(0, Spy())\nimport console"
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | mine
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,
+                         text=True)
+    assert out.stdout.strip() == want, out.stderr
 
 
 def test_a_real_process(tmp_path):
