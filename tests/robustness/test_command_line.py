@@ -275,13 +275,15 @@ def test_other_failures_keep_their_traceback(monkeypatch):
         console.cli(raising(KeyboardInterrupt()))
 
 
-@pytest.mark.parametrize("mine, want", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+@pytest.mark.parametrize("mine, want", [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(mine, want):
     """Before torch is imported, or it would not be heard."""
     code = "import sys, os\nclass Spy:\n    def find_spec(self, name, *rest):\n" \
-           "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY')); sys.exit()\n" \
+           "        if name == 'torch': print(os.environ.get('GOMP_SPINCOUNT')); sys.exit()\n" \
            "sys.meta_path.insert(0, Spy())\nimport console"
-    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | mine
+    ours = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    env = {k: v for k, v in os.environ.items() if k not in ours} | mine
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,
                          text=True)
     assert out.stdout.strip() == want, out.stderr
