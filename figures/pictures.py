@@ -45,7 +45,7 @@ def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str,
     rows = table(lab, lambda: drawn(lab, names, 2 if lab.quick else n))
     labels = list(dict.fromkeys(row["label"] for row in rows))
     down = -(-len(labels) // across)
-    fig, axes = style.panels(across, rows=down, height=8.2 / across + 0.4)
+    fig, axes = style.panels(across, rows=down, height=8.2 / across + 0.5)
     for ax in np.ravel(axes):
         ax.axis("off")
     for ax, label in zip(np.ravel(axes), labels):
