@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from figures import races, style
-from figures.runs import (Job, Lab, argv_of, both, call, curve, last_line, launch, log, say,
+from figures.runs import (Job, Lab, argv_of, both, call, curves, last_line, launch, log, say,
                           store, stored, table, train)
 from figures.text import LOOKS, MINUTES, TEXT
 from console import fail
@@ -189,13 +189,7 @@ def fig6(lab: Lab) -> tuple[str, str]:
             [Job(f"text-{rnn}-bptt-0", "bptt", sum(MINUTES), f | dict(eval_every=25, seed=0))]
     jobs += races.race_jobs("race14", (0,), updaters, extra=False)
 
-    def measure():
-        done = train(lab, jobs)
-        for job in jobs:
-            if job.name in done:
-                yield from curve(lab, job)
-
-    rows = table(lab, measure)
+    rows = table(lab, lambda: curves(lab, jobs, train(lab, jobs)))
     fig, axes = style.panels(3, rows=2, height=3.2, sharey="row")
     for row, (race, unit) in zip(axes, (("text", "TinyStories: nats per character"),
                                         ("race14", "MNIST 14×14: nats per image"))):
@@ -248,13 +242,7 @@ def pace(lab: Lab) -> tuple[str, str]:
         preset="paper", batch_size=24, spans=292, lr=1e-4, ema=0.99, n_val=16, eval_every=20))
     jobs += races.race_jobs("race14", (0,), ("gru",), extra=False)
 
-    def measure():
-        done = train(lab, jobs)
-        for job in jobs:
-            if job.name in done:
-                yield from curve(lab, job)
-
-    rows = table(lab, measure)
+    rows = table(lab, lambda: curves(lab, jobs, train(lab, jobs)))
     fig, axes = style.panels(1, "minutes of one core", "nats per validation image", height=4.0)
     for task, how in (("paper", "the paper's way"), ("race14", "this project")):
         for method in ("bptt", "smt", "dmt"):

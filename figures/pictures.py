@@ -5,7 +5,7 @@ import torch
 
 from figures import races, style
 from figures.nets import opened
-from figures.runs import Job, Lab, both, curve, scores, table, train
+from figures.runs import Job, Lab, both, curves, scores, table, train
 from model import RNN
 from sample import continuations, generate
 from sources.files import written_whole
@@ -162,9 +162,7 @@ def stories(lab: Lab) -> tuple[str, str]:
     def measure():
         done = train(lab, jobs)
         got = scores(lab, done, 1000)
-        for job in jobs:
-            if job.name in done:
-                yield from curve(lab, job)
+        yield from curves(lab, jobs, done)
         for method, name in names.items():
             if s := got.get(name):
                 yield dict(task="test", method=method, nats=s["rollout"], stderr=s["stderr"],

@@ -342,16 +342,18 @@ def log(lab: Lab, name: str) -> list[dict]:
     return read_csv(os.path.join(lab.folder(name), "log.csv"))
 
 
-def curve(lab: Lab, job: Job):
-    """CSV rows of a run's validation losses; what DMT costs comes on top of its SMT."""
-    task, rnn, method, _ = job.name.split("-")
-    before = log(lab, job.after)[-1] if job.after else dict(seconds=0, tokens=0, layers=0)
-    for r in log(lab, job.name):
-        if "val_rollout" in r:
-            yield dict(task=task, rnn=rnn, method=method, nats=r["val_rollout"],
-                       minutes=(r["seconds"] + before["seconds"]) / 60,
-                       tokens=r["tokens"] + before["tokens"],
-                       layers=r["layers"] + before["layers"])
+def curves(lab: Lab, jobs: list[Job], done: list[str]):
+    """CSV rows of the validation losses of the jobs that are done; what DMT costs comes on top of
+    its SMT."""
+    for job in (job for job in jobs if job.name in done):
+        task, rnn, method, _ = job.name.split("-")
+        before = log(lab, job.after)[-1] if job.after else dict(seconds=0, tokens=0, layers=0)
+        for r in log(lab, job.name):
+            if "val_rollout" in r:
+                yield dict(task=task, rnn=rnn, method=method, nats=r["val_rollout"],
+                           minutes=(r["seconds"] + before["seconds"]) / 60,
+                           tokens=r["tokens"] + before["tokens"],
+                           layers=r["layers"] + before["layers"])
 
 
 def read_csv(path: str) -> list[dict]:
