@@ -4,11 +4,12 @@
     python reproduce.py race28 --only gru          # 28x28, 40 minutes a run, one updater
     python reproduce.py racegpu --together 1       # 28x28 at the gpu preset's sizes, 17 minutes
 
-Besides BPTT and SMT -> DMT: all of BPTT after SMT (pretraining), on the first seed DMT that crosses
-one update (--span 1, our loss), and with the GRU what could explain a result: DMT without labels
-(--lambda_mse 0) and without recalling the past (--lambda_past 0), BPTT whose gradient crosses no
-more than DMT's does (--truncate) from scratch and after SMT. What starts from SMT has its minutes
-left over. Figures 4, 6 and 17 use these runs.
+Besides BPTT and SMT -> DMT: all of BPTT after SMT, and for the second half after SMT -> DMT
+(pretraining); on the first seed DMT that crosses one update (--span 1, our loss), and with the GRU
+what could explain a result: DMT without labels (--lambda_mse 0) and without recalling the past
+(--lambda_past 0), BPTT whose gradient crosses no more than DMT's does (--truncate) from scratch and
+after SMT. What starts from another run has the minutes that are left. Figures 4, 6 and 17 use these
+runs.
 """
 import math
 import os
@@ -20,7 +21,7 @@ from console import fail
 from figures import style
 from figures.runs import Job, Lab, log, scores, stored, table, train
 
-SMT_SHARE = 0.125  # of the minutes of a race; what follows SMT has the rest
+SMT_SHARE = 0.125  # of the minutes of a race
 UPDATERS = ("transformer", "mlp", "gru")
 RACES = {
     "race14": dict(minutes=6.0, seeds=(0, 1, 2), n_test=2000, span=16, flags=dict(
@@ -40,11 +41,26 @@ RACES = {
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
 # At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT, half of
-# what it starts with elsewhere: weights are there, a large rate would destroy them.
+# what it starts with elsewhere, and half of that from DMT: weights are there, a large rate would
+# destroy them.
 NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
 AFTER_SMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=2.5e-3)
 EXPLAINED = "gru"  # the updater whose first seed has these
 EXTRA = "dmt-span1", "dmt-mse0", "dmt-past0", "truncated", "smt+truncated"
+# method -> its script, the run it starts from, its part of the minutes
+METHODS = {
+    "bptt": ("bptt", "", 1.0),
+    "truncated": ("bptt", "", 1.0),
+    "smt": ("smt", "", SMT_SHARE),
+    "dmt": ("dmt", "smt", 1 - SMT_SHARE),
+    "dmt-span1": ("dmt", "smt", 1 - SMT_SHARE),
+    "dmt-mse0": ("dmt", "smt", 1 - SMT_SHARE),
+    "dmt-past0": ("dmt", "smt", 1 - SMT_SHARE),
+    "smt+bptt": ("bptt", "smt", 1 - SMT_SHARE),
+    "smt+truncated": ("bptt", "smt", 1 - SMT_SHARE),
+    "half": ("dmt", "smt", 0.5 - SMT_SHARE),  # DMT that ends early, so that ..
+    "smt+dmt+bptt": ("bptt", "half", 0.5),    # .. BPTT has the second half
+}
 
 
 def race_jobs(race: str, seeds=(0, 1), updaters=UPDATERS, extra: bool = True) -> list[Job]:
@@ -58,32 +74,29 @@ def race_jobs(race: str, seeds=(0, 1), updaters=UPDATERS, extra: bool = True) ->
         jobs += [race_job(race, r, EXPLAINED, method, seeds[0]) for method in EXTRA]
         jobs += [race_job(race, r, rnn, "dmt-span1", seeds[0])
                  for rnn in updaters if rnn != EXPLAINED]
-        jobs += [race_job(race, r, rnn, "smt+bptt", seed)
-                 for seed in seeds[:2] for rnn in updaters]
+        jobs += [race_job(race, r, rnn, method, seed) for seed in seeds[:2] for rnn in updaters
+                 for method in ("smt+bptt", "half", "smt+dmt+bptt")]
     return jobs
 
 
 def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     """One run: the method's flags, the updater's networks, its part of the minutes."""
     name = lambda method: f"{race}-{rnn}-{method}-{seed}"
-    script = "smt" if method == "smt" else "dmt" if method.startswith("dmt") else "bptt"
+    script, after, share = METHODS[method]
     # as many updates a step, however long a span is; 128 spans are the laptop preset's batch
     updates = r["flags"]["dmt"].get("batch_size", 128) * r["span"]
-    reach = dict(truncate=r["span"])
-    own = {"dmt-span1": dict(span=1, batch_size=updates), "dmt": dict(span=r["span"]),
-           "dmt-mse0": dict(lambda_mse=0.0, span=r["span"]),
-           "dmt-past0": dict(lambda_past=0.0, span=r["span"]),
-           "truncated": reach, "smt+truncated": reach}.get(method, {})
-    follows = script == "dmt" or method.startswith("smt+")
+    own = {"dmt-span1": dict(span=1, batch_size=updates), "dmt-mse0": dict(lambda_mse=0.0),
+           "dmt-past0": dict(lambda_past=0.0), "truncated": dict(truncate=r["span"]),
+           "smt+truncated": dict(truncate=r["span"])}.get(method, {})
+    own = dict(span=r["span"]) | own if script == "dmt" else own
     laptop = r["flags"][script].get("preset", "laptop") == "laptop"
-    if not follows:  # the networks, and the task, which a run that follows has from SMT
+    if not after:  # the networks, and the task, which a run that follows has from SMT
         task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
         own = task | dict(rnn=rnn) | (NETWORKS[rnn] if laptop else {}) | own
     elif laptop and script == "bptt":
-        own = dict(lr=AFTER_SMT[rnn]) | own
-    share = SMT_SHARE if method == "smt" else 1 - SMT_SHARE if follows else 1
+        own = dict(lr=AFTER_SMT[rnn] / (2 if after == "half" else 1)) | own
     return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
-               dict(seed=seed), name("smt") if follows else "")
+               dict(seed=seed), name(after) if after else "")
 
 
 def race(lab: Lab) -> tuple[str, str]:
@@ -97,7 +110,7 @@ def race(lab: Lab) -> tuple[str, str]:
 
     def measure():
         done = train(lab, jobs)
-        got = scores(lab, done, r["n_test"], "val")
+        got = scores(lab, [name for name in done if "-half-" not in name], r["n_test"], "val")
         for job in jobs:
             if job.name not in got:
                 continue

@@ -25,6 +25,7 @@ METHODS = {
     "truncated": ("BPTT, truncated", "#E69F00", "X"),
     "smt+truncated": ("SMT → BPTT, truncated", "#F0E442", "h"),
     "smt+bptt": ("SMT → BPTT", "#000000", "*"),
+    "smt+dmt+bptt": ("SMT → DMT → BPTT", "#332288", "p"),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442",
            "#999999", "#882255")
