@@ -343,11 +343,15 @@ def log(lab: Lab, name: str) -> list[dict]:
 
 
 def curves(lab: Lab, jobs: list[Job], done: list[str]):
-    """CSV rows of the validation losses of the jobs that are done; what DMT costs comes on top of
-    its SMT."""
+    """CSV rows of the validation losses of the jobs that are done; what a run costs comes on top of
+    those that it goes on from."""
+    named = {job.name: job for job in jobs}
     for job in (job for job in jobs if job.name in done):
         task, rnn, method, _ = job.name.split("-")
-        before = log(lab, job.after)[-1] if job.after else dict(seconds=0, tokens=0, layers=0)
+        before, earlier = dict(seconds=0, tokens=0, layers=0), job.after
+        while earlier:
+            before = {k: v + log(lab, earlier)[-1][k] for k, v in before.items()}
+            earlier = named[earlier].after
         for r in log(lab, job.name):
             if "val_rollout" in r:
                 yield dict(task=task, rnn=rnn, method=method, nats=r["val_rollout"],
