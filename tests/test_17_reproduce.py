@@ -283,3 +283,17 @@ def test_the_better_rate_of_bptt_counts():
     rows = [row("dmt", 9, 0, 0.3), row("bptt", 9, 0, 0.1), row("bptt", 9, 0, 0.2),
             row("bptt", 9, 1, 0.4), row("bptt", 9, 1, 0.2), row("bptt", 17, 0, 0.5)]
     assert tasks.counted(rows) == [rows[i] for i in (0, 1, 4, 5)]
+
+
+def test_a_curve_counts_what_went_before(tmp_path):
+    """SMT -> DMT -> BPTT: the third run's minutes, tokens and layers come on top of both others'."""
+    jobs = [Job("task-gru-smt-0", "smt", 1.0), Job("task-gru-half-0", "dmt", 1.0, {},
+                                                  "task-gru-smt-0"),
+            Job("task-gru-smt+dmt+bptt-0", "bptt", 1.0, {}, "task-gru-half-0")]
+    for i, job in enumerate(jobs):
+        (tmp_path / job.name).mkdir()
+        ends = dict(step=2, seconds=60 * 10 ** i, tokens=10 ** i, layers=2 * 10 ** i, val_rollout=i)
+        runs.write_csv(str(tmp_path / job.name / "log.csv"), [ends])
+    rows = list(runs.curves(Lab({}, runs=str(tmp_path)), jobs, [job.name for job in jobs]))
+    assert [(r["method"], r["minutes"], r["tokens"], r["layers"]) for r in rows] == [
+        ("smt", 1, 1, 2), ("half", 11, 11, 22), ("smt+dmt+bptt", 111, 111, 222)]
