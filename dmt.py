@@ -25,7 +25,7 @@ import ranks
 import trainer
 from evaluate import evaluate, summary
 from flags import flag
-from losses import predictive
+from losses import cross_entropy, predictive
 from model import (RNN, CheckpointError, Encoder, Heads, ModelConfig, autocast, build,
                    on_device)
 from sample import draw_samples
@@ -151,11 +151,15 @@ def objective(rnn: RNN, heads: Heads | None, walk: Walk, variance: Tensor, cfg: 
     # The memory that a span begins with is a number, not a graph: there the gradient ends.
     made = rnn.rollout(walk.m, x.gather(1, when), t)                            # (N, S, K, d)
     label = walk.labels[b[:, None], when]
-    mse = F.mse_loss(made.float(), label.float()) / variance        # Eq. 6; 1 = the mean's error
+    mse = F.mse_loss(made.float(), label.float()) / variance        # Eq. 6; 1: no better than the mean
     # The paper's way: predictions teach the readout to read, and the updater learns from Eq. 6
     # alone.
     read = made.detach() if cfg.detach_dec else made
     dec = predictive(rnn.readout, heads, read, when, x, y, cfg, gen, density)           # Eq. 2
+    # m_0 stays and no span makes it, but the readout moves: it must still say y_0.
+    if cfg.first and len(new := on_device((walk.t == 1).nonzero()[:, 0], x.device)):
+        start = cross_entropy(rnn.logits(walk.m[new]), y[new, 0])
+        dec["dec"] = dec["dec"] + start * len(new) / when.numel()
     return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec, made
 
 

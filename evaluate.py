@@ -73,8 +73,8 @@ class Score:
         values = getattr(self, name)
         return float(exact(torch.cat(values)).mean()) if values else None
 
-    def stderr(self) -> float | None:
-        values = exact(torch.cat(self.nats))
+    def stderr(self, name: str = "nats") -> float | None:
+        values = exact(torch.cat(getattr(self, name) or [torch.empty(0)]))
         return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
@@ -221,6 +221,7 @@ def losses(task: Data, held: dict, scores: dict[str, Score], alone: str) -> dict
     known, apart = held["posterior"] is not None, task.late_from is not None
     return each("nats") | dict(
         bayes=bayes(held), excess=scores[alone].mean("excess"), stderr=scores[alone].stderr(),
+        excess_stderr=scores[alone].stderr("excess"),
         excess_all=each("excess") if known else None,
         accuracy=each("right") if held["clean"] is not None else None,
         bits_per_pixel=nats / (task.T * math.log(2)) if task.image else None,

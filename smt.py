@@ -33,23 +33,23 @@ class Config(flags.Config):
     lambda_unif: float = flag("weight of the uniformity loss, Eq. 4")
     detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
     times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
-    rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
+    rnn_batch: int = flag("the RNN learns from so many sequences of a step; 0 = all")
     rnn_from: float = flag("part of the run without the RNN, first of all; the paper: 0")
     decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
     horizon: int = flag("learn after horizon - 1 updates alone, too; 0 = all; paper: 1")
-    futures: int = flag("memories of a part that must predict their whole future")
+    futures: int = flag("memories of a step that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that predict y_t alone; the paper: 0")
-    micro: int = flag("parts of a batch; each has times of its own")
+    micro: int = flag("parts of a step, each with times and with counts (above) of its own")
 
 
 def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
     """n consecutive times, (n,) int64 on the CPU; all of them for n = 0. The start may fall before
-    0 or late and is pushed inside: the first and the last time come up as often as those in the
-    middle, their neighbours up to twice."""
-    # A start outside is pushed inside. The RNN alone begins at time 0, many tasks ask at the last
-    # time: both must come up as often as the others.
+    0 or late and is pushed inside: for n <= T / 2 the first and the last time come up as often as
+    those in the middle, their neighbours up to twice."""
+    # The RNN alone begins at time 0, many tasks ask at the last time: both must come up as often as
+    # the others.
     n = min(n or T, T)
     start = int(torch.randint(1 - n, T, (), generator=gen)) if n < T else 0
     return min(max(start, 0), T - n) + torch.arange(n)

@@ -326,11 +326,13 @@ class Run:
             draw_curve(self.history, f)
 
     def record(self, row: dict) -> None:
-        """One row a step in history and log.csv: an evaluation joins the log line before it."""
+        """One row a step in history and log.csv: an evaluation joins the log line before it, whose
+        seconds stay those of the step."""
         row = dict(step=self.step, seconds=round(self.elapsed(), 2), tokens=self.tokens,
                    layers=self.layers) | row
         if self.history and self.history[-1]["step"] == self.step:
-            row = self.history.pop() | row
+            before = self.history.pop()
+            row = before | row | dict(seconds=before["seconds"])
         else:
             self.last_row = self.table.tell()
         self.history.append(row)

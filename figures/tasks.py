@@ -1,4 +1,6 @@
 """Figures 3 and 13, and a table of the rest: the synthetic tasks."""
+import math
+
 import numpy as np
 
 from figures import style
@@ -44,7 +46,7 @@ def compared(lab: Lab, jobs: dict):
         for job in runs:
             if s := got.get(job.name):
                 yield key, dict(method=job.script, lr=job.flags.get("lr"), excess=s["excess"],
-                                stderr=s["stderr"],
+                                stderr=s["excess_stderr"],
                                 late_excess=(s["late_excess"] or {}).get("rollout"),
                                 teacher=s["excess_all"]["teacher"],
                                 accuracy=(s["accuracy"] or {}).get("rollout"), bayes=s["bayes"])
@@ -73,7 +75,6 @@ def fig3(lab: Lab) -> tuple[str, str]:
 
     rows = counted(table(lab, measure))
     fig, axes = style.panels(5, rows=1, y="nats over the Bayes optimum", height=3.4)
-    means = {}
     for ax, (task, (axis, _, _)) in zip(axes, TASKS.items()):
         for method in ("bptt", "teacher", "dmt"):
             key, source = ("teacher", "dmt") if method == "teacher" else ("excess", method)
@@ -81,8 +82,6 @@ def fig3(lab: Lab) -> tuple[str, str]:
             for r in rows:
                 if (r["task"], r["method"]) == (task, source):
                     at.setdefault(r["value"], []).append(max(r[key], 1e-6))
-            for value, v in at.items():
-                means[task, value, method] = sum(v) / len(v)
             low, high = ([abs(f(v) - sum(v) / len(v)) for v in at.values()] for f in (min, max))
             ax.errorbar([*at], [sum(v) / len(v) for v in at.values()], yerr=[low, high],
                         capsize=2, **style.of(method))
@@ -91,20 +90,26 @@ def fig3(lab: Lab) -> tuple[str, str]:
         ax.minorticks_off()
     axes[3].legend(loc="lower center")  # where no curve is
     style.save(fig, lab.out("fig3.png"))
-    return judged({((task, value), m): v for (task, value, m), v in means.items()})
+    return judged(rows)
 
 
-def judged(excess: dict) -> tuple[str, str]:
-    """{(point, "dmt" or "bptt"): nats over the optimum} -> at how many points SMT -> DMT is nearer
-    to it than BPTT. Where both are within 0.001 nats the task is solved, and nobody wins."""
-    pairs = [(v, excess[p, "bptt"]) for (p, m), v in excess.items()
-             if m == "dmt" and (p, "bptt") in excess]
-    level = sum(max(pair) < 1e-3 for pair in pairs)
-    nearer = sum(dmt < bptt and max(dmt, bptt) >= 1e-3 for dmt, bptt in pairs)
-    lost = len(pairs) - nearer - level
-    return f"SMT → DMT is nearer to the optimum than BPTT at {nearer} of {len(pairs)} points, " \
-        f"BPTT at {lost}, both have solved {level}", \
-        "agrees" if nearer and not lost else "open" if nearer else "disagrees"
+def judged(rows: list[dict]) -> tuple[str, str]:
+    """At how many points SMT -> DMT is nearer to the optimum than BPTT, in the mean over seeds.
+    Where both are within 0.001 nats of it the task is solved, and what is within two standard
+    errors, over test sequences, is a tie: nobody wins."""
+    points, count = {}, dict(nearer=0, lost=0, solved=0, tie=0)
+    for r in rows:
+        points.setdefault((r["task"], r.get("value")), {}).setdefault(r["method"], []).append(r)
+    for at in points.values():
+        if "dmt" in at and "bptt" in at:
+            dmt, bptt = (np.mean([r["excess"] for r in at[m]]) for m in ("dmt", "bptt"))
+            error = math.hypot(*(r["stderr"] / len(at[m]) for m in ("dmt", "bptt") for r in at[m]))
+            count["solved" if max(dmt, bptt) < 1e-3 else "tie" if abs(dmt - bptt) <= 2 * error else
+                  "nearer" if dmt < bptt else "lost"] += 1
+    return f"SMT → DMT is nearer to the optimum than BPTT at {count['nearer']} of " \
+        f"{sum(count.values())} points, BPTT at {count['lost']}, {count['tie']} are ties, both " \
+        f"have solved {count['solved']}", "agrees" if count["nearer"] and not count["lost"] else \
+        "open" if count["nearer"] else "disagrees"
 
 
 def reach_runs(T: int, minutes: float) -> list[Job]:
@@ -206,5 +211,4 @@ def others(lab: Lab) -> tuple[str, str]:
     axes[0].set_xticks(range(len(OTHERS)), labels=OTHERS)
     axes[0].legend()
     style.save(fig, lab.out("tasks.png"))
-    mean = lambda *of: np.mean([r["excess"] for r in rows if (r["task"], r["method"]) == of])
-    return judged({(task, m): mean(task, m) for task in OTHERS for m in ("dmt", "bptt")})
+    return judged(rows)

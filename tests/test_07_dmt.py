@@ -229,8 +229,8 @@ def losses(nets, own, labels, b, t, heads=None, variance=0.5, y=None, **changes)
 @pytest.mark.parametrize("span", [1, 3])
 def test_objective_against_a_loop(span):
     """From the RNN's own m_{t-1} `span` updates (Eq. 1); each result shall be the encoder's
-    (Eq. 6, the paper with span 1) and its readout predict y_t (Eq. 2); the loss is the weighted
-    sum."""
+    (Eq. 6, the paper with span 1) and its readout predict y_t (Eq. 2), y_0 as well, from m_0, where
+    a sequence begins; the loss is the weighted sum."""
     nets = _, _, rnn = networks()
     x, y = sequences()
     own, labels = (torch.randn(B, T, K, M, generator=gen(s)) for s in (3, 4))
@@ -239,11 +239,13 @@ def test_objective_against_a_loop(span):
     square, first = [], []
     for i in range(4):
         m, n = own[b[i], t[i] - 1][None], b[i]
+        if t[i] == 1:
+            first.append(cross_entropy(rnn.readout(m)[:, 0], y[n:n + 1, 0]))
         for now in range(int(t[i]), int(t[i]) + span):
             m = rnn.update(m, x[n:n + 1, now], torch.tensor([now]))
             square.append((m[0] - labels[n, now]).square().mean())
             first.append(cross_entropy(rnn.readout(m)[:, 0], y[n:n + 1, now]))
-    mse, dec = torch.stack(square).mean() / 0.5, torch.stack(first).mean()
+    mse, dec = torch.stack(square).mean() / 0.5, torch.stack(first).sum() / (4 * span)
     assert torch.allclose(got["mse"], mse, atol=1e-5) and torch.allclose(got["dec"], dec, atol=1e-5)
     assert torch.allclose(got["loss"], 0.7 * mse + 1.3 * dec, atol=1e-5)
 
