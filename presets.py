@@ -153,6 +153,7 @@ KINDS["laptop", "text"] = {
     "first":             (_,            0.5,          _),  # no time is as dull as a margin's pixel
 }
 KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two, of more sequences
+    "rnn_layers": 1,
     "lr":                (_,            1.5e-3,       2.5e-3),
     "batch_size":        (_,            192,          _),
 }

@@ -184,7 +184,7 @@ def fig6(lab: Lab) -> tuple[str, str]:
     jobs = []
     updaters = ("gru",) if lab.quick else races.UPDATERS
     for rnn in updaters:
-        f = TEXT | dict(rnn=rnn) | races.NETWORKS[rnn]
+        f = TEXT | dict(rnn=rnn)
         jobs += both(f"text-{rnn}", f, MINUTES, dmt=LOOKS) + \
             [Job(f"text-{rnn}-bptt-0", "bptt", sum(MINUTES), f | dict(eval_every=25, seed=0))]
     jobs += races.race_jobs("race14", (0,), updaters, extra=False)

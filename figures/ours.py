@@ -167,7 +167,7 @@ def clock(lab: Lab) -> tuple[str, str]:
     for rnn in lab.few(races.UPDATERS):
         for told in ("all", "encoder", "none"):
             for seed in seeds:
-                f = few | dict(rnn=rnn, timestamps=told) | races.NETWORKS[rnn]
+                f = few | dict(rnn=rnn, timestamps=told)
                 jobs[rnn, told, seed] = both(f"clock-{told}-{rnn}", f, (0.5, 1.5), seed,
                                             dmt=dict(n_val=few["n_val"]))
                 if told != "encoder":  # BPTT has no encoder

@@ -33,9 +33,11 @@ def drawn(lab: Lab, names: dict, n: int):
     got = scores(lab, labels.values(), 1000)
     for label, name in labels.items():
         task, rnn = opened(lab, name, "rnn")
-        y = generate(rnn, n, task.T, torch.Generator().manual_seed(0))
+        y, s = generate(rnn, n, task.T, torch.Generator().manual_seed(0)), got[name]
+        partner = got.get(labels.get(label.replace("SMT → DMT", "BPTT")))
         for row in y:
-            yield dict(label=label, nats=got[name]["rollout"], pixels=spell(row * 2 // task.n_out))
+            yield dict(label=label, nats=s["rollout"], stderr=s["stderr"], teacher=s["teacher"]) | \
+                races.paired(s, partner) | dict(pixels=spell(row * 2 // task.n_out))
     for row in task.held_out("test", n)["y"]:
         yield dict(label="data", nats=None, pixels=spell(row * 2 // task.n_out))
 
@@ -178,7 +180,7 @@ def stories(lab: Lab) -> tuple[str, str]:
         for method in parts:
             if s := got.get(names[method]):
                 yield dict(task="test", method=method, nats=s["rollout"], stderr=s["stderr"],
-                           late=s["late"]["rollout"]) | races.paired(s, got.get(names["bptt"]))
+                           teacher=s["teacher"], late=s["late"]["rollout"]) | races.paired(s, got.get(names["bptt"]))
                 _, rnn = opened(lab, names[method], "rnn")
                 gen = torch.Generator().manual_seed(0)
                 with written_whole(lab.out(f"stories-{method}.txt"), "w") as out:

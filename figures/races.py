@@ -20,6 +20,7 @@ import torch
 from console import fail
 from figures import style
 from figures.runs import Job, Lab, log, scores, stored, table, train
+from presets import recipe
 
 SMT_SHARE = 0.125  # of the minutes of a race
 UPDATERS = ("transformer", "mlp", "gru")
@@ -40,10 +41,8 @@ RACES = {
         dmt=dict(preset="gpu", batch_size=128),
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
-# At laptop sizes: an updater's own flags, and the peak rate of BPTT that goes on from SMT, half of
-# what it starts with elsewhere, and half of that from DMT: weights are there, a large rate would
-# destroy them.
-NETWORKS = dict(transformer={}, mlp=dict(rnn_layers=1), gru={})
+# At laptop sizes: the peak rate of BPTT that goes on from SMT, half of what it starts with
+# elsewhere, and half of that from DMT: weights are there, a large rate would destroy them.
 AFTER_SMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=2.5e-3)
 EXPLAINED = "gru"  # the updater whose first seed has these
 EXTRA = "dmt-span1", "dmt-mse0", "dmt-past0", "truncated", "smt+truncated"
@@ -80,19 +79,20 @@ def race_jobs(race: str, seeds=(0, 1), updaters=UPDATERS, extra: bool = True) ->
 
 
 def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
-    """One run: the method's flags, the updater's networks, its part of the minutes."""
+    """One run: the method's flags, the updater, its part of the minutes."""
     name = lambda method: f"{race}-{rnn}-{method}-{seed}"
     script, after, share = METHODS[method]
-    # as many updates a step, however long a span is; 128 spans are the laptop preset's batch
-    updates = r["flags"]["dmt"].get("batch_size", 128) * r["span"]
-    own = {"dmt-span1": dict(span=1, batch_size=updates), "dmt-mse0": dict(lambda_mse=0.0),
+    dmt = r["flags"]["dmt"]
+    usual = recipe("dmt", dmt.get("preset", "laptop"), ("mnist", rnn)) | dmt
+    # as many updates a step, however long a span is
+    own = {"dmt-span1": dict(span=1, batch_size=usual["batch_size"] * r["span"]), "dmt-mse0": dict(lambda_mse=0.0),
            "dmt-past0": dict(lambda_past=0.0), "truncated": dict(truncate=r["span"]),
            "smt+truncated": dict(truncate=r["span"])}.get(method, {})
     own = dict(span=r["span"]) | own if script == "dmt" else own
     laptop = r["flags"][script].get("preset", "laptop") == "laptop"
-    if not after:  # the networks, and the task, which a run that follows has from SMT
+    if not after:  # updater and task, which a run that follows has from SMT
         task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
-        own = task | dict(rnn=rnn) | (NETWORKS[rnn] if laptop else {}) | own
+        own = task | dict(rnn=rnn) | own
     elif laptop and script == "bptt":
         own = dict(lr=AFTER_SMT[rnn] / (2 if after == "half" else 1)) | own
     return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
