@@ -9,6 +9,7 @@ Writes runs/bptt-<dataset>.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, fail
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,25 +21,23 @@ import ranks
 import trainer
 from evaluate import evaluate, networks, summary
 from flags import flag
-from losses import cross_entropy
-from model import RNN, ModelConfig, autocast
+from losses import cross_entropy, predictive
+from model import RNN, Heads, ModelConfig, autocast
 from sample import draw_samples
 
 
 @dataclass(kw_only=True)
 class Config(flags.Config):
     truncate: int = flag("steps a gradient may cross; 0 = all of them")
+    first: float = flag("part of the memories whose y_t is decoded; 1 = all, the usual way")
+    lambda_heads: float = flag("weight of linear heads that guess the next targets; 0 = none")
     recompute: int = flag("keep every so many-th memory, compute the rest again; 0 = keep all")
     init: str = flag("checkpoint to start from; empty = from scratch", default="")
 
 
-def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
-              recompute: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """Cross-entropy of the readout along a rollout (Eq. 1) with its whole graph.
-
-    m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"; x, y (B, S) int64
-    are x_t .. x_{t+S-1} and their targets. Returns named scalars and the last memory (B, K, d).
-    """
+def own_memories(rnn: RNN, m: Tensor | None, x: Tensor, t: int, recompute: int = 0) -> Tensor:
+    """The RNN alone over x (B, S) int64, which are x_t .. x_{t+S-1}, with its whole graph: (B, S,
+    K, d). m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"."""
     own = []
     # m_0 has read BOS, which is x_0: the first update reads x_1.
     if m is None:
@@ -51,15 +50,24 @@ def objective(rnn: RNN, m: Tensor | None, x: Tensor, y: Tensor, t: int,
         own.append(checkpoint(rnn.rollout, m, part, t, use_reentrant=False) if recompute else
                    rnn.rollout(m, part, t))
         m, t = own[-1][:, -1], t + part.shape[1]
-    # Only the updates had to wait for each other: all memories are read out at once.
-    own = torch.cat(own, dim=1)                                                 # (B, S, K, d)
-    if recompute:  # a readout of all memories at once would keep more than the whole rollout
-        logits = torch.cat([checkpoint(rnn.logits, part, use_reentrant=False)
-                            for part in own.split(recompute, dim=1)], dim=1)
-    else:
-        logits = rnn.logits(own)
-    loss = cross_entropy(logits, y)
-    return dict(loss=loss), own[:, -1]
+    return torch.cat(own, dim=1)
+
+
+def objective(rnn: RNN, heads: Heads | None, own: Tensor, x: Tensor, y: Tensor, t: int, cfg,
+              gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
+    """Cross-entropy of the readout on memories own (B, S, K, d) of times t .. t+S-1 (Eq. 1), of
+    sequences x, y (B, T) int64; or what SMT and DMT ask instead (losses.predictive). Named
+    scalars."""
+    if cfg.first < 1 or heads is not None:
+        when = (t + torch.arange(own.shape[1], device=x.device)).expand(len(x), -1)
+        dec = predictive(rnn.readout, heads, own, when, x, y, cfg, gen, density)
+        return dict(loss=dec.pop("dec")) | dec
+    # Only the updates had to wait for each other: all memories are read out at once, or with
+    # --recompute in parts, which keep less than the whole rollout did.
+    part = cfg.recompute or own.shape[1]
+    read = [checkpoint(rnn.logits, m, use_reentrant=False) if cfg.recompute else rnn.logits(m)
+            for m in own.split(part, dim=1)]
+    return dict(loss=cross_entropy(torch.cat(read, dim=1), y[:, t:t + own.shape[1]]))
 
 
 def sequential_layers(c: ModelConfig, T: int) -> int:
@@ -78,40 +86,42 @@ def demand_rnn(rnn: RNN | None, ckpt: dict) -> None:
 def main(argv) -> None:
     # The encoder's flags would be accepted and forgotten: nobody makes labels here.
     cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
-                            unused=("encoder", "enc_layers", "ctx_len", "fut_len", "heads",
-                                    "past"))
+                            unused=("encoder", "enc_layers", "ctx_len", "fut_len", "past"))
     device, task = trainer.setup(cfg, ckpt)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
         demand_rnn(rnn, ckpt)
     else:
         rnn, encoder, decoder = RNN(trainer.model_config(cfg, task)).to(device), None, None
+    c = dataclasses.replace(rnn.c, past=0)  # nobody asks for it here
+    heads = Heads(c).to(device) if cfg.lambda_heads and c.heads else None
     # A checkpoint's teacher is carried along, untrained: evaluations still say how far the RNN is
     # from it.
-    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn).items()
+    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn, heads=heads).items()
             if v is not None}
-    c = rnn.c
+    trained = [p for net in (rnn, heads) if net is not None for p in net.parameters()]
 
     mine = ranks.share(cfg)  # all of it, but under torchrun
-    run = trainer.Run("bptt", cfg, nets, [[*rnn.parameters()]], c, task, device)
+    run = trainer.Run("bptt", cfg, nets, [trained], c, task, device)
     while run.unfinished():
         run.set_learning_rate()
         x, y = task.batch(mine.batch_size, run.gen)                          # (B, T) each
-        m, loss, targets = None, 0.0, (y >= 0).sum().clamp(min=1)
+        m, means, targets = None, {}, (y >= 0).sum().clamp(min=1)
         # Backward after each piece: with --truncate the graph of one piece is all that is kept.
         T = x.shape[1]
         span = cfg.truncate or T
         for t in range(0, T, span):
-            part = y[:, t:t + span]
             with autocast(device):
-                losses, m = objective(rnn, m, x[:, t:t + span], part, t, cfg.recompute)
+                own = own_memories(rnn, m, x[:, t:t + span], t, cfg.recompute)
+                losses = objective(rnn, heads, own, x, y, t, cfg, run.gen, task.density(T))
             # Pieces have different numbers of targets. Weighed by them, the losses add up to the
             # mean over all targets, whatever the pieces are.
-            share = (part >= 0).sum() / targets
+            share = (y[:, t:t + span] >= 0).sum() / targets
             (losses["loss"] * share).backward()
             # The memory goes on to the next piece, its graph does not.
-            loss, m = loss + losses["loss"].detach() * share, m.detach()
-        run.update(dict(loss=loss), cfg.batch_size * T, sequential_layers(c, T))
+            m = own[:, -1].detach()
+            means = {k: means.get(k, 0.0) + v.detach() * share for k, v in losses.items()}
+        run.update(means, cfg.batch_size * T, sequential_layers(c, T))
 
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():

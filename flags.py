@@ -28,7 +28,7 @@ GROUPS = {  # of flags, in the order of --help
 
 USELESS = (  # flags, and the value of another one with which they change nothing
     ("rnn_layers", "rnn", "gru"), ("lambda_fut", "futures", 0),
-    ("lambda_past", "past", 0),
+    ("lambda_past", "past", 0), ("lambda_heads", "heads", 0), ("heads", "lambda_heads", 0),
     ("futures first heads past lambda_fut lambda_past detach_dec decode_own", "lambda_dec", 0),
     *(("timestamps", "dataset", name) for name in datasets.TEXTS))
 

@@ -122,6 +122,7 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         b, now = some // S, t.flatten()[some]
         x_fut, y_fut = futures(x, y, b, now, min(decoder.c.fut_len, x.shape[1]))
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
-    weights = dict(past=cfg.lambda_past, futures=getattr(cfg, "lambda_fut", 1.0))
+    weights = {k: getattr(cfg, f"lambda_{k}", 1.0) for k in ("past", "heads")}
+    weights["futures"] = getattr(cfg, "lambda_fut", 1.0)
     total = sum((weights.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))
     return dict(dec=total) | out

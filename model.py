@@ -12,6 +12,7 @@ Glossary (paper's symbol, shape, meaning; the same names everywhere in this proj
     Tc, Tf  T_ctx, T_fut               most context tokens an encoder pass reads; future outputs a
                                        decoder predicts
     F, P                               future targets, and last inputs, that the heads say at once
+    teacher                            encoder and decoder, whose memories are the RNN's labels
     n                                  times at which one encoder pass makes memories
     N, S                               rows of any batch (often B * n), positions of any stream;
                                        in spans, updates

@@ -48,7 +48,8 @@ PRESETS["laptop"] = {
     "rnn_batch":         (3,            _,            _),
     "rnn_from":          (0.5,          _,            _),
     "decode_own":        (True,         _,            _),
-    "first":             (0.25,         0.15,         _),
+    "first":             (0.25,         0.15,         1.0),
+    "lambda_heads":      (_,            _,            0.0),  # BPTT as everyone has it
     "futures":           (48,           _,            _),
     "lambda_fut":        (0.25,         _,            _),
     "lambda_past":       (2.0,          2.0,          _),

@@ -92,7 +92,7 @@ def both(name: str, flags: dict, minutes: tuple, seed: int = 0, dmt: dict = {}) 
 
 # ------------------------------------------------------------------------------- one run's command
 
-# bptt.py has no such flags
+# what bptt.py does not need; it has no such flags, but for --heads
 TEACHER = "encoder", "enc_layers", "ctx_len", "fut_len", "heads", "past"
 TOY = dict(d_model=16, n_heads=2, head_dim=0, enc_layers=1, dec_layers=1, rnn_layers=1)
 

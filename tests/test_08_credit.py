@@ -21,16 +21,22 @@ def test_rollout_is_repeated_update():
         assert torch.allclose(own[:, t], m, atol=1e-5)
 
 
+def bptt_loss(rnn, m, x, y, t, n, heads=None, **changes):
+    """bptt.py's loss of the times t .. t + n - 1, and the last memory."""
+    cfg = recipe(bptt, **changes)
+    own = bptt.own_memories(rnn, m, x[:, t:t + n], t, cfg.recompute)
+    return bptt.objective(rnn, heads, own, x, y, t, cfg, gen())["loss"], own[:, -1]
+
+
 def test_bptt_crosses_steps_and_truncation_cuts_them():
     """d loss_t / d m_s is not zero for full BPTT, and zero across a truncation point."""
     _, _, rnn = networks()
     x, y = sequences()
-    _, m = bptt.objective(rnn, None, x[:, :4], y[:, :4], 0)
-    losses, _ = bptt.objective(rnn, m, x[:, 4:], y[:, 4:], 4)
-    assert torch.autograd.grad(losses["loss"], rnn.m0)[0].abs().sum() > 0
-    _, m = bptt.objective(rnn, None, x[:, :4], y[:, :4], 0)
-    losses, _ = bptt.objective(rnn, m.detach(), x[:, 4:], y[:, 4:], 4)
-    assert torch.autograd.grad(losses["loss"], rnn.m0, allow_unused=True)[0] is None
+    m = bptt.own_memories(rnn, None, x[:, :4], 0)[:, -1]
+    loss, _ = bptt_loss(rnn, m, x, y, 4, T - 4)
+    assert torch.autograd.grad(loss, rnn.m0, retain_graph=True)[0].abs().sum() > 0
+    loss, _ = bptt_loss(rnn, m.detach(), x, y, 4, T - 4)
+    assert torch.autograd.grad(loss, rnn.m0, allow_unused=True)[0] is None
 
 
 def test_truncation_in_pieces_has_the_loss_of_the_whole():
@@ -38,12 +44,27 @@ def test_truncation_in_pieces_has_the_loss_of_the_whole():
     _, _, rnn = networks()
     x, y = sequences()
     y[0, :7] = -1
-    whole = bptt.objective(rnn, None, x, y, 0)[0]["loss"]
+    whole, _ = bptt_loss(rnn, None, x, y, 0, T)
     m, total = None, 0.0
     for t in range(0, T, 4):
-        losses, m = bptt.objective(rnn, m, x[:, t:t + 4], y[:, t:t + 4], t)
-        total = total + losses["loss"] * (y[:, t:t + 4] >= 0).sum() / (y >= 0).sum()
+        loss, m = bptt_loss(rnn, m, x, y, t, 4)
+        total = total + loss * (y[:, t:t + 4] >= 0).sum() / (y >= 0).sum()
     assert torch.allclose(whole, total, atol=1e-5)
+
+
+def test_bptt_may_decode_a_part_and_guess_the_rest():
+    """With --first and --lambda_heads BPTT asks what SMT and DMT ask: its loss is the heads' plus,
+    in the mean over draws, the loss of all outputs, whose gradient still crosses all updates."""
+    _, _, rnn = networks()
+    x, y = sequences()
+    heads, cfg = tiny.heads(past=0), recipe(bptt, first=0.25, lambda_heads=0.5)
+    own = bptt.own_memories(rnn, None, x, 0)
+    whole, g = bptt_loss(rnn, None, x, y, 0, T)[0], gen(1)
+    parts = [bptt.objective(rnn, heads, own, x, y, 0, cfg, g) for _ in range(400)]
+    first = torch.stack([p["first"] for p in parts]).mean()
+    assert torch.allclose(first, whole, rtol=0.05)
+    assert torch.allclose(parts[0]["loss"], parts[0]["first"] + 0.5 * parts[0]["heads"])
+    assert torch.autograd.grad(parts[0]["loss"], rnn.m0)[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("recompute", [1, 3, T])
@@ -53,9 +74,9 @@ def test_recomputing_changes_nothing_but_memory(recompute):
     results = []
     for every in (0, recompute):
         _, _, rnn = networks()
-        losses, m = bptt.objective(rnn, None, *sequences(), 0, every)
-        losses["loss"].backward()
-        results.append([losses["loss"], m,
+        loss, m = bptt_loss(rnn, None, *sequences(), 0, T, recompute=every)
+        loss.backward()
+        results.append([loss, m,
                         *(p.grad for p in rnn.parameters() if p.grad is not None)])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
@@ -110,7 +131,7 @@ def test_the_longest_span_is_bptt():
             losses = dmt_losses(nets, own, torch.arange(B), start, y=y, span=T - 1, lambda_mse=0.0,
                                 lambda_dec=1.0)
         else:
-            losses = bptt.objective(rnn, None, x, y, 0)[0]
+            losses = dict(loss=bptt_loss(rnn, None, x, y, 0, T)[0])
         losses["loss"].backward()
         parameters = [*rnn.updater.parameters(), *rnn.readout.parameters()]
         grads.append([losses["loss"], *(p.grad for p in parameters if p.grad is not None)])

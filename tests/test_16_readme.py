@@ -12,6 +12,7 @@ import tiny
 import torch
 
 import bptt
+import data
 import dmt
 import evaluate
 import flags
@@ -202,7 +203,7 @@ def test_values_of_the_list(name):
 def test_numbers_in_the_text():
     """The span, the sizes of the presets, and what other data have."""
     span = resolved(dmt, "laptop")["span"]
-    length = resolved(smt, "laptop")["image_size"] ** 2
+    length = data.load("glyphs").T
     assert f"at most S = {span} of {length - 1} updates" in README.replace("\n", " ")
     for preset in ("laptop", "gpu", "paper"):
         c = resolved(smt, preset)
