@@ -107,8 +107,8 @@ def judged(rows: list[dict]) -> tuple[str, str]:
             count["solved" if max(dmt, bptt) < 1e-3 else "tie" if abs(dmt - bptt) <= 2 * error else
                   "nearer" if dmt < bptt else "lost"] += 1
     return f"SMT → DMT is nearer to the optimum than BPTT at {count['nearer']} of " \
-        f"{sum(count.values())} points, BPTT at {count['lost']}, {count['tie']} are ties, both " \
-        f"have solved {count['solved']}", "agrees" if count["nearer"] and not count["lost"] else \
+        f"{sum(count.values())} points, BPTT at {count['lost']}, a tie at {count['tie']}, solved " \
+        f"by both {count['solved']}", "agrees" if count["nearer"] and not count["lost"] else \
         "open" if count["nearer"] else "disagrees"
 
 

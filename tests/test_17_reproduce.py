@@ -280,12 +280,12 @@ def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
             row("tie of means", "bptt", 0.16), row("tie of means", "bptt", 0.18),
             row("won", "dmt", 0.1), row("won", "bptt", 0.2), row("alone", "dmt", 0.0)]
     said, verdict = tasks.judged(rows)
-    assert "at 1 of 4 points, BPTT at 0, 2 are ties, both have solved 1" in said
+    assert "at 1 of 4 points, BPTT at 0, a tie at 2, solved by both 1" in said
     assert verdict == "agrees"
     lost = [row("lost", "dmt", 2.0), row("lost", "bptt", 1.0)]
     assert tasks.judged(rows + lost)[1] == "open" and tasks.judged(lost)[1] == "disagrees"
     more = [row("tie of means", "bptt", 0.3)]  # now 0.15 against 0.21
-    assert "at 2 of 5 points, BPTT at 1, 1 are ties" in tasks.judged(rows + lost + more)[0]
+    assert "at 2 of 5 points, BPTT at 1, a tie at 1" in tasks.judged(rows + lost + more)[0]
 
 
 def test_the_better_rate_of_bptt_counts():
