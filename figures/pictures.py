@@ -90,8 +90,8 @@ def fig4(lab: Lab) -> tuple[str, str]:
 
 def fig17(lab: Lab) -> tuple[str, str]:
     """MNIST 28x28, where a sequence has 784 pixels, with our optimiser."""
-    updaters = ("gru",) if lab.quick else ("mlp", "gru")
-    return show(lab, raced("race28", updaters), 25, 5, 3)
+    updaters = ("gru",) if lab.quick else races.UPDATERS
+    return show(lab, raced("race28", updaters), 25, 5, 4)
 
 
 def sketchy() -> dict:
