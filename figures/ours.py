@@ -107,7 +107,7 @@ def pretrain_runs(seeds: tuple) -> dict:
         if method in ("smt", "half", *PRETRAINED, *PRETRAINED.values()):
             jobs["mnist", rnn, method, job.flags["seed"], None] = job
     for seed in seeds:
-        smt, _, *alone = tasks.runs_of("permutation", tasks.OTHERS["permutation"], seed)
+        smt, _, _, *alone = tasks.runs_of("permutation", tasks.OTHERS["permutation"], seed)
         jobs["permutation", RNN, "smt", seed, None] = smt
         for job in alone:
             lr = job.flags["lr"]

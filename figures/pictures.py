@@ -102,7 +102,7 @@ def sketchy() -> dict:
         [Job("sketchy-gru-bptt-0", "bptt", 20.0, bptt),
          Job("sketchy-gru-bptt-heads-0", "bptt", 20.0, bptt | races.CHEAP)]
     return dict(jobs=jobs, shown={"SMT → DMT": jobs[1].name, "BPTT": jobs[2].name,
-                                  "BPTT, decodes a part": jobs[3].name})
+                                  "BPTT + heads": jobs[3].name})
 
 
 def fig5(lab: Lab) -> tuple[str, str]:

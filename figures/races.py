@@ -162,8 +162,8 @@ def paired(s: dict, bptt: dict | None, name: str = "over_bptt") -> dict:
 
 def verdict(rows: list[dict]) -> tuple[str, str]:
     """Updater by updater: SMT -> DMT minus BPTT, the mean over the seeds that have both; then minus
-    the BPTT that decodes a part. What is within two standard errors of 0, over images, is a tie; to
-    agree, every updater must win, against the latter where it was run."""
+    BPTT + heads. What is within two standard errors of 0, over images, is a tie; to agree, every
+    updater must win, against BPTT + heads where that was run."""
     told, results = [], []
     for rnn in UPDATERS:
         mine = [row for row in rows if (row["rnn"], row["method"]) == (rnn, "dmt")
@@ -171,7 +171,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
         if mine:
             nats = sum(row["rollout"] for row in mine) / len(mine)
             told.append(f"{rnn} {nats:.1f}")
-            for key, name in (("over_bptt", "BPTT"), ("over_heads", "BPTT that decodes a part")):
+            for key, name in (("over_bptt", "BPTT"), ("over_heads", "BPTT + heads")):
                 raced = [row for row in mine if key in row]
                 if raced:
                     apart = sum(row[key] for row in raced) / len(raced)

@@ -16,7 +16,7 @@ from sources.files import written_whole  # noqa: E402
 # Okabe and Ito's colours; every method has a marker of its own as well.
 METHODS = {
     "bptt": ("BPTT", "#D55E00", "s"),
-    "bptt-heads": ("BPTT, decodes a part", "#AA4499", ">"),
+    "bptt-heads": ("BPTT + heads", "#AA4499", ">"),
     "teacher": ("teacher", "#999999", "^"),
     "smt": ("SMT", "#56B4E9", "o"),
     "dmt": ("SMT → DMT", "#0072B2", "D"),

@@ -259,7 +259,7 @@ def test_a_race_is_judged_by_paired_differences_and_a_tie_is_no_win():
     heads = dict(over_heads=0.7, over_heads_stderr=0.1)  # one seed has it; it is what counts
     assert races.verdict([row("gru", 0, -1.0, **heads), row("gru", 1, -2.0)]) == \
         ("SMT → DMT, nats per image, and over: gru 28.5 (BPTT -1.50 ± 0.21) "
-         "(BPTT that decodes a part +0.70 ± 0.10)", "disagrees")
+         "(BPTT + heads +0.70 ± 0.10)", "disagrees")
     assert verdict(row("gru", 0, -0.5)) == "open"  # within two standard errors ..
     assert verdict(row("gru", 0, -0.5), row("gru", 1, -0.5)) == "agrees"  # .. but not with two seeds
     assert verdict(row("gru", 0, -1.0), row("mlp", 0, 0.5)) == "open"
@@ -282,6 +282,9 @@ def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
     said, verdict = tasks.judged(rows)
     assert "at 1 of 4 points, BPTT at 0, a tie at 2, solved by both 1" in said
     assert verdict == "agrees"
+    # heads help BPTT: 0.05 is nearer than 0.1; where they do not they count for nothing
+    heads = [row("won", "bptt-heads", 0.05), row("tie", "bptt-heads", 9.0)]
+    assert "at 0 of 4 points, BPTT at 1, a tie at 2" in tasks.judged(rows + heads)[0]
     lost = [row("lost", "dmt", 2.0), row("lost", "bptt", 1.0)]
     assert tasks.judged(rows + lost)[1] == "open" and tasks.judged(lost)[1] == "disagrees"
     more = [row("tie of means", "bptt", 0.3)]  # now 0.15 against 0.21
