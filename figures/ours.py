@@ -156,9 +156,10 @@ def pretrain(lab: Lab) -> tuple[str, str]:
     for method, alone in PRETRAINED.items():
         pairs = [(r["nats"], best[(*cell, alone)]["nats"]) for (*cell, how), r in best.items()
                  if how == method and (*cell, alone) in best]
-        won += [sum(a < b for a, b in pairs) / max(1, len(pairs))]
-        told += [f"{style.METHODS[method][0]} is better than {style.METHODS[alone][0]} in "
-                 f"{sum(a < b for a, b in pairs)} of {len(pairs)} cells"]
+        if pairs:
+            won.append(sum(a < b for a, b in pairs) / len(pairs))
+            told.append(f"{style.METHODS[method][0]} is better than {style.METHODS[alone][0]} in "
+                        f"{sum(a < b for a, b in pairs)} of {len(pairs)} cells")
     return ", ".join(told), "agrees" if min(won) == 1 else "open" if max(won) > 0.5 else "disagrees"
 
 
