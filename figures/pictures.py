@@ -107,12 +107,12 @@ def sketchy() -> dict:
 
 def fig5(lab: Lab) -> tuple[str, str]:
     """Sketches drawn at equal minutes."""
-    return show(lab, sketchy(), 16, 4, 3)
+    return show(lab, sketchy(), 16, 4, 4)
 
 
 def fig18(lab: Lab) -> tuple[str, str]:
     """More of the same runs."""
-    return show(lab, sketchy(), 64, 8, 3)
+    return show(lab, sketchy(), 64, 8, 2)
 
 
 @torch.no_grad()
