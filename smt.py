@@ -33,15 +33,15 @@ class Config(flags.Config):
     lambda_unif: float = flag("weight of the uniformity loss, Eq. 4")
     detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
     times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
-    rnn_batch: int = flag("the RNN learns from so many sequences of a step; 0 = all")
+    rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
     rnn_from: float = flag("part of the run without the RNN, first of all; the paper: 0")
     decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
     horizon: int = flag("learn after horizon - 1 updates alone, too; 0 = all; paper: 1")
-    futures: int = flag("memories of a step that must predict their whole future")
+    futures: int = flag("memories of a part that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that predict y_t alone; the paper: 0")
-    micro: int = flag("parts of a step, each with times and with counts (above) of its own")
+    micro: int = flag("parts of a step; each has times of its own")
 
 
 def sample_times(T: int, n: int, gen: torch.Generator) -> Tensor:
