@@ -16,7 +16,8 @@ NAMED = set("device threads compile graph recompute overwrite resume stop_after 
 VALUES = dict(  # another value than the default, for the tiny runs below
     dataset="parity", rnn="mlp", encoder="bidirectional", d_model=20, n_heads=4, head_dim=4,
     mem_tokens=3, enc_layers=3, dec_layers=2, rnn_layers=1, ctx_len=3, fut_len=2, mem_dim=12,
-    heads=2, past=3, lambda_past=3, timestamps="none", seed=1, batch_size=5, optimizer="adamw", lr=0.5, warmup=1,
+    heads=2, past=3, lambda_past=3, lambda_heads=3, timestamps="none", seed=1, batch_size=5,
+    optimizer="adamw", lr=0.5, warmup=1,
     decay=0.9, ema=0.1, steps=3, data_dir="elsewhere", log_every=1, eval_every=1, n_val=3,
     ckpt_every=1, lambda_dec=3, lambda_dyn=3, lambda_unif=3, detach_rnn=None, times=4, rnn_batch=2,
     rnn_from=0,
