@@ -88,6 +88,7 @@ def main(argv) -> None:
     cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
                             unused=("encoder", "enc_layers", "ctx_len", "fut_len", "past"))
     device, task = trainer.setup(cfg, ckpt)
+    flags.demand_fits(cfg, task.T, argv)
     if ckpt:
         rnn, encoder, decoder = networks(ckpt, device)
         demand_rnn(rnn, ckpt)

@@ -243,6 +243,8 @@ def refuse_nonsense(cfg) -> None:
     if asked and not any(getattr(cfg, k) for k in asked):
         fail("--futures, --first and --heads are all 0, so no memory need hold anything; give one "
              "of them")
+    if hasattr(cfg, "lambda_heads") and not cfg.first:
+        fail("--first 0 leaves BPTT no output to learn from; give more than 0; 1 = all of them")
     if cfg.batch_size % getattr(cfg, "micro", 1):
         fail(f"--batch_size {cfg.batch_size} is not a multiple of --micro {cfg.micro}; "
              "change one of them")

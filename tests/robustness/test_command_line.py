@@ -87,6 +87,10 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --past -1", "--past"),
     ("smt.py {TINY} --past 8", "--past 8 does not fit into sequences of 8; give at most 7"),
     ("smt.py {TINY} --lambda_past 1", "--lambda_past means nothing with --past 0"),
+    ("bptt.py {TINY} --heads 2", "--heads means nothing with --lambda_heads 0"),
+    ("bptt.py {TINY} --first 0", "--first 0 leaves BPTT no output"),
+    ("bptt.py {TINY} --first 0 --lambda_heads 1", "--first 0 leaves BPTT no"),
+    ("bptt.py {TINY} --lambda_heads 1 --heads 999", "--heads 999 does not fit"),
     ("smt.py {TINY} --mem_dim -1", "--mem_dim"),
     ("smt.py {TINY} --timestamps maybe", "--timestamps"),
     ("smt.py {TINY} --runs 2", "--runs"),  # a flag of format 1
