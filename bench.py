@@ -163,7 +163,7 @@ class Bench:
         """One step of bptt.py, 0: with SMT's batch; its transitions have no labels of their own."""
         x, y = self.task.batch(batch or self.smt.batch_size, self.gen)
         with autocast(self.device):
-            own = bptt.own_memories(self.rnn, None, x, 0, self.of_bptt.recompute)
+            own = bptt.unroll(self.rnn, None, x, 0, self.of_bptt.recompute)
             loss = bptt.objective(self.rnn, None, own, x, y, 0, self.of_bptt, self.gen)["loss"]
         self.learn(loss, self.optimizers)
         return len(x) * (self.task.T - 1)

@@ -35,9 +35,9 @@ class Config(flags.Config):
     init: str = flag("checkpoint to start from; empty = from scratch", default="")
 
 
-def own_memories(rnn: RNN, m: Tensor | None, x: Tensor, t: int, recompute: int = 0) -> Tensor:
-    """The RNN alone over x (B, S) int64, which are x_t .. x_{t+S-1}, with its whole graph: (B, S,
-    K, d). m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"."""
+def unroll(rnn: RNN, m: Tensor | None, x: Tensor, t: int, recompute: int = 0) -> Tensor:
+    """The RNN's own memories of x (B, S) int64, which are x_t .. x_{t+S-1}, with their whole graph:
+    (B, S, K, d). m (B, K, d) is m_{t-1}, or None at t = 0, where m_0 stands for "BOS was read"."""
     own = []
     # m_0 has read BOS, which is x_0: the first update reads x_1.
     if m is None:
@@ -113,7 +113,7 @@ def main(argv) -> None:
         span = cfg.truncate or T
         for t in range(0, T, span):
             with autocast(device):
-                own = own_memories(rnn, m, x[:, t:t + span], t, cfg.recompute)
+                own = unroll(rnn, m, x[:, t:t + span], t, cfg.recompute)
                 losses = objective(rnn, heads, own, x, y, t, cfg, run.gen, task.density(T))
             # Pieces have different numbers of targets. Weighed by them, the losses add up to the
             # mean over all targets, whatever the pieces are.

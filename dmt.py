@@ -151,7 +151,7 @@ def objective(rnn: RNN, heads: Heads | None, walk: Walk, variance: Tensor, cfg: 
     # The memory that a span begins with is a number, not a graph: there the gradient ends.
     made = rnn.rollout(walk.m, x.gather(1, when), t)                            # (N, S, K, d)
     label = walk.labels[b[:, None], when]
-    mse = F.mse_loss(made.float(), label.float()) / variance        # Eq. 6; 1: no better than the mean
+    mse = F.mse_loss(made.float(), label.float()) / variance    # Eq. 6; 1: no better than a mean
     # The paper's way: predictions teach the readout to read, and the updater learns from Eq. 6
     # alone.
     read = made.detach() if cfg.detach_dec else made

@@ -184,7 +184,8 @@ def stories(lab: Lab) -> tuple[str, str]:
         for method in parts:
             if s := got.get(names[method]):
                 yield dict(task="test", method=method, nats=s["rollout"], stderr=s["stderr"],
-                           teacher=s["teacher"], late=s["late"]["rollout"]) | races.paired(s, got.get(names["bptt"]))
+                           teacher=s["teacher"], late=s["late"]["rollout"]) | \
+                    races.paired(s, got.get(names["bptt"]))
                 _, rnn = opened(lab, names[method], "rnn")
                 gen = torch.Generator().manual_seed(0)
                 with written_whole(lab.out(f"stories-{method}.txt"), "w") as out:

@@ -54,7 +54,8 @@ def sizes(lab: Lab, panels: tuple[str, str]) -> tuple[str, str]:
         for key, method in (("teacher", "teacher"), ("rollout", "dmt"))[panel == "context":]:
             ax.errorbar([r["value"] for r in mine], [r[key] for r in mine],
                         yerr=[r["stderr"] for r in mine], capsize=2, **style.of(method))
-        ax.set(xlabel={"context": "Tc, the length that it learns from", "memory": "numbers in the memory", "width": "d",
+        ax.set(xlabel={"context": "Tc, the length that it learns from", "width": "d",
+                       "memory": "numbers in the memory",
                        "depth": "layers of each network"}[panel], xscale="log", title=panel)
         ax.set_xticks([r["value"] for r in mine], [str(r["value"]) for r in mine])
         ax.minorticks_off()

@@ -24,7 +24,7 @@ def test_rollout_is_repeated_update():
 def bptt_loss(rnn, m, x, y, t, n, heads=None, **changes):
     """bptt.py's loss of the times t .. t + n - 1, and the last memory."""
     cfg = recipe(bptt, **changes)
-    own = bptt.own_memories(rnn, m, x[:, t:t + n], t, cfg.recompute)
+    own = bptt.unroll(rnn, m, x[:, t:t + n], t, cfg.recompute)
     return bptt.objective(rnn, heads, own, x, y, t, cfg, gen())["loss"], own[:, -1]
 
 
@@ -32,7 +32,7 @@ def test_bptt_crosses_steps_and_truncation_cuts_them():
     """d loss_t / d m_s is not zero for full BPTT, and zero across a truncation point."""
     _, _, rnn = networks()
     x, y = sequences()
-    m = bptt.own_memories(rnn, None, x[:, :4], 0)[:, -1]
+    m = bptt.unroll(rnn, None, x[:, :4], 0)[:, -1]
     loss, _ = bptt_loss(rnn, m, x, y, 4, T - 4)
     assert torch.autograd.grad(loss, rnn.m0, retain_graph=True)[0].abs().sum() > 0
     loss, _ = bptt_loss(rnn, m.detach(), x, y, 4, T - 4)
@@ -58,7 +58,7 @@ def test_bptt_may_decode_a_part_and_guess_the_rest():
     _, _, rnn = networks()
     x, y = sequences()
     heads, cfg = tiny.heads(past=0), recipe(bptt, first=0.25, lambda_heads=0.5)
-    own = bptt.own_memories(rnn, None, x, 0)
+    own = bptt.unroll(rnn, None, x, 0)
     whole, g = bptt_loss(rnn, None, x, y, 0, T)[0], gen(1)
     parts = [bptt.objective(rnn, heads, own, x, y, 0, cfg, g) for _ in range(400)]
     first = torch.stack([p["first"] for p in parts]).mean()

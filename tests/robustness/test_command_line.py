@@ -457,8 +457,8 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
        "--lambda_mse 5 | --span 1 | --spans 5 | --first 0 | "
        "--lambda_past 3 | --ema 0.05 | --horizon 1 | --horizon 3").split(" | ")
-BPTT = ("--lr 0.01 | --truncate 1 | --truncate 2 | --truncate 7 | --init {tiny_smt} | --first 0.5 | "
-        "--lambda_heads 1 | --lambda_heads 1 + --heads 2").split(" | ")
+BPTT = ("--lr 0.01 | --truncate 1 | --truncate 2 | --truncate 7 | --init {tiny_smt} | "
+        "--first 0.5 | --lambda_heads 1 | --lambda_heads 1 + --heads 2").split(" | ")
 WITHOUT = set("recompute dataset data_dir preset device threads compile graph ckpt init".split()) \
     | set(data.HELP)
 # where, on what (tests of the data see to those flags), from what and how it runs
