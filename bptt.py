@@ -22,7 +22,7 @@ import trainer
 from evaluate import evaluate, networks, summary
 from flags import flag
 from losses import cross_entropy, predictive
-from model import RNN, Heads, ModelConfig, autocast
+from model import RNN, Heads, ModelConfig, autocast, build
 from sample import draw_samples
 
 
@@ -96,6 +96,8 @@ def main(argv) -> None:
         rnn, encoder, decoder = RNN(trainer.model_config(cfg, task)).to(device), None, None
     c = dataclasses.replace(rnn.c, past=0)  # nobody asks for it here
     heads = Heads(c).to(device) if cfg.lambda_heads and c.heads else None
+    if heads is not None and ckpt and "heads" in ckpt:
+        heads.linear = build(ckpt, "heads")[0].linear.to(device)  # they know these memories
     # A checkpoint's teacher is carried along, untrained: evaluations still say how far the RNN is
     # from it.
     nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn, heads=heads).items()

@@ -124,6 +124,16 @@ def test_resume_needs_no_other_file(command, tiny_smt, tmp_path):
         assert same(ckpt["encoder"], read(tiny_smt)["encoder"])  # neither trains the teacher
 
 
+def test_bptt_goes_on_with_the_heads_of_smt(command, tiny_smt, tmp_path):
+    """Heads that SMT taught know its memories: BPTT + heads begins with them, not with new ones."""
+    flags = "--first 0.5 --lambda_heads 1 --lr 1e-12"  # a step of which nothing moves
+    code, _, err = command(f"bptt.py {{RUN}} --init {tiny_smt} {flags} --out_dir {tmp_path}/run")
+    assert code == 0, err
+    taught = read(tiny_smt)["heads"]["linear.weight"]
+    assert taught.any() and torch.equal(read(tmp_path / "run/ckpt.pt")["heads"]["linear.weight"],
+                                        taught)
+
+
 def test_overwrite_starts_again(command, tmp_path):
     """--overwrite removes the old run first: nothing of it is mistaken for the new one's."""
     flags = f"bptt.py {{TINY}} --out_dir {tmp_path}/run"
