@@ -107,8 +107,14 @@ def pretrain_runs(seeds: tuple) -> dict:
         if method in ("smt", "half", *PRETRAINED, *PRETRAINED.values()):
             jobs["mnist", rnn, method, job.flags["seed"], None] = job
     for seed in seeds:
-        smt, _, _, *alone = tasks.runs_of("permutation", tasks.OTHERS["permutation"], seed)
-        jobs["permutation", RNN, "smt", seed, None] = smt
+        smt, _, heads, *alone = tasks.runs_of("permutation", tasks.OTHERS["permutation"], seed)
+        half = Job(f"permutation-half-{seed}", "dmt", heads.minutes / 2 - smt.minutes,
+                   dict(seed=seed), smt.name)
+        then = Job(f"permutation-smt+dmt+bptt-{seed}", "bptt", heads.minutes / 2,
+                   dict(lr=heads.flags["lr"] / 4, lambda_heads=1.0, seed=seed), half.name)
+        for method, job in zip(("smt", "bptt-heads", "half", "smt+dmt+bptt"),
+                               (smt, heads, half, then)):
+            jobs["permutation", RNN, method, seed, None] = job
         for job in alone:
             lr = job.flags["lr"]
             jobs["permutation", RNN, "bptt", seed, lr] = job
