@@ -21,6 +21,7 @@ METHODS = {
     "smt": ("SMT", "#56B4E9", "o"),
     "dmt": ("SMT → DMT", "#0072B2", "D"),
     "dmt-span1": ("SMT → DMT, span 1", "#009E73", "v"),
+    "dmt-papers": ("SMT → DMT, the paper's", "#009E73", "v"),
     "dmt-mse0": ("SMT → DMT, no Eq. 6", "#CC79A7", "P"),
     "dmt-past0": ("SMT → DMT, no past", "#882255", "<"),
     "truncated": ("BPTT, truncated", "#E69F00", "X"),
