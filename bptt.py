@@ -98,7 +98,7 @@ def main(argv) -> None:
     heads = Heads(c).to(device) if cfg.lambda_heads and c.heads else None
     if heads is not None and ckpt and "heads" in ckpt:
         heads.linear = build(ckpt, "heads")[0].linear.to(device)  # they know these memories
-    # A checkpoint's teacher is carried along, untrained: evaluations still say how far the RNN is
+    # A checkpoint's teacher is carried along, untrained: evaluate.py still says how far the RNN is
     # from it.
     nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn, heads=heads).items()
             if v is not None}
@@ -129,7 +129,8 @@ def main(argv) -> None:
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=4,
+                    # the teacher is evaluate.py's: it would take longer than the RNN
+                    got = evaluate(task, rnn, None, None, "val", cfg.n_val, kl_sequences=4,
                                    fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))

@@ -24,13 +24,18 @@ from model import Decoder, Heads, on_device
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Mean nats over the valid targets of y (...,) with logits (..., V); 0 where every target is
-    masked."""
+    masked. With V = 1 it is the logit of symbol 1 over that of symbol 0, and there are no others.
+    """
     logits, y = logits.flatten(0, -2).float(), y.flatten()
-    valid = (y >= 0).sum().clamp(min=1)
+    valid = y >= 0
+    # Sum and count instead of torch's mean, which is NaN where every target is masked.
+    count = valid.sum().clamp(min=1)
+    if logits.shape[1] == 1:  # half the time of two logits
+        return F.binary_cross_entropy_with_logits(logits[:, 0], y.float(), weight=valid.float(),
+                                                  reduction="sum") / count
     if logits.shape[1] < 16:  # few symbols: a CPU is three times as fast along the rows
         logits, y = logits.T[None], y[None]
-    # Sum and count instead of torch's mean, which is NaN where every target is masked.
-    return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum") / valid
+    return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum") / count
 
 
 def futures(x: Tensor, y: Tensor, b: Tensor, t: Tensor, Tf: int) -> tuple[Tensor, Tensor]:
@@ -63,20 +68,25 @@ def next_targets(y: Tensor, t: Tensor, n: int) -> Tensor:
 def last_inputs(x: Tensor, t: Tensor, n: int, bos: int) -> Tensor:
     """The n inputs that were read last at the times t (N, S) of x (N, T), newest first: x_t ..
     x_{t-n+1} (N, S, n); -1 for what was before x_0 and for BOS, which in texts comes up again."""
-    when = t[..., None] - torch.arange(n, device=x.device)                      # (N, S, n)
-    found = x.gather(1, when.clamp(min=0).flatten(1)).view(when.shape)
-    return found.masked_fill((when < 0) | (found == bos), -1)
+    # Backwards in time the inputs lie side by side, newest first: windows of a padded row.
+    back = F.pad(x.masked_fill(x == bos, -1).flip(1), (0, n - 1), value=-1)
+    row = torch.arange(len(x), device=x.device)[:, None]
+    return back.unfold(1, n, 1)[row, x.shape[1] - 1 - t]
 
 
 def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n rows in proportion to score (N,) >= 0 -> (rows (n,), weights (n,)): the mean over them of
-    weight * value estimates the mean of value over all N without bias, where score > 0.
+    """n rows about in proportion to score (N,) >= 0, hardly one of them twice -> (rows (n,), weights
+    (n,)): the mean over them of weight * value estimates the mean of value over all N without bias,
+    where score > 0.
 
     Systematic sampling: one random offset, then even steps through the cumulated scores. It draws
     evenly, always n rows, and asks the device for nothing.
     """
     exact = torch.float32 if score.device.type == "mps" else torch.float64  # Apple's has no more
     share = score.to(exact) + 1e-30  # all zero: no place is special
+    # Who would be drawn for sure need not be drawn twice: what is above 1 / n goes to the others.
+    for _ in range(8):
+        share = (share / share.sum()).clamp(max=1 / n)
     share = share / share.sum()
     # an offset in (0, 1] finds a row whose score moves the sum, never one of score 0 at either end
     up_to, offset = share.cumsum(0), 1 - torch.rand((), generator=gen).item()
@@ -96,8 +106,8 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     valid = (target >= 0).float()
     wrong, rows = valid, m.flatten(0, 1)                    # without heads no place is special
     if heads is not None and heads.P:
-        said = heads.recall(rows)                                           # (N S, P, ids < BOS)
-        read = last_inputs(x, t, heads.P, bos=said.shape[-1]).flatten(0, 1)
+        said = heads.recall(rows)                                               # (N S, P, V)
+        read = last_inputs(x, t, heads.P, heads.bos).flatten(0, 1)
         out["past"] = cross_entropy(said, read)
     if heads is not None and heads.F:
         guess, ahead = heads(rows), next_targets(y, t, heads.F).flatten(0, 1)   # (N S, F, V)
@@ -105,7 +115,9 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         out["heads"] = cross_entropy(guess, ahead) + cross_entropy(guess[:, 0], ahead[:, 0])
         # How wrong the heads are says where to look; it shall not teach them to look wrong, hence
         # detach.
-        right = guess[:, 0].detach().float().softmax(-1).gather(1, target.clamp(min=0)[:, None])
+        sure = guess[:, 0].detach().float()
+        sure = F.pad(sure, (1, 0)) if sure.shape[1] == 1 else sure      # 0 is the other's logit
+        right = sure.softmax(-1).gather(1, target.clamp(min=0)[:, None])
         wrong = (1 - right[:, 0]) * valid
         wrong = wrong + valid * (0.2 * wrong.sum() / valid.sum().clamp(min=1) + 1e-9)
     if cfg.first:

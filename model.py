@@ -451,7 +451,7 @@ class Heads(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.F, self.P, size = c.heads, c.past, c.mem_tokens * c.mem_dim
+        self.F, self.P, self.bos, size = c.heads, c.past, c.vocab - 1, c.mem_tokens * c.mem_dim
         self.linear = nn.Linear(size, c.heads * c.n_out, bias=False) if c.heads else None
         self.past = nn.Linear(size, c.past * (c.vocab - 1), bias=False) if c.past else None
         for w in (self.linear, self.past):
@@ -460,11 +460,18 @@ class Heads(nn.Module):
 
     def forward(self, m: Tensor) -> Tensor:
         """m (N, K, d) -> logits (N, F, V) of the next F valid targets, y_t and later."""
-        return self.linear(m.flatten(1)).unflatten(1, (self.F, -1))
+        return self.logits(self.linear, m, self.F)
 
     def recall(self, m: Tensor) -> Tensor:
         """m (N, K, d) -> logits (N, P, inputs without BOS) of x_t, x_{t-1} .."""
-        return self.past(m.flatten(1)).unflatten(1, (self.P, -1))
+        return self.logits(self.past, m, self.P)
+
+    @staticmethod
+    def logits(linear: nn.Linear, m: Tensor, n: int) -> Tensor:
+        """(N, n, V); of two symbols (N, n, 1), the logit of 1 over that of 0: half the work."""
+        w = linear.weight.unflatten(0, (n, -1))                                     # (n, V, K d)
+        w = w[:, 1:] - w[:, :1] if w.shape[1] == 2 else w
+        return F.linear(m.flatten(1), w.flatten(0, 1)).unflatten(1, (n, -1))
 
 
 # ------------------------------------------------------------------------------------- checkpoints

@@ -125,7 +125,8 @@ def command_line(flags: dict) -> list[str]:
 
 def argv_of(lab: Lab, job: Job, resume: bool) -> list[str]:
     """The command line of a run, without the script's name."""
-    flags = {k: v for k, v in job.flags.items() if job.script != "bptt" or k not in TEACHER}
+    flags = {k: v for k, v in job.flags.items() if job.script != "bptt" or k not in TEACHER or
+             k == "heads" and job.flags.get("lambda_heads") and not job.after}
     if flags.get("rnn") == "gru":
         flags.pop("rnn_layers", None)  # it has none, and says so
     how = dict(minutes=job.minutes) if job.minutes else {}
