@@ -34,10 +34,12 @@ def drawn(lab: Lab, names: dict, n: int):
     for label, name in labels.items():
         task, rnn = opened(lab, name, "rnn")
         y, s = generate(rnn, n, task.T, torch.Generator().manual_seed(0)), got[name]
-        partner = got.get(labels.get(label.replace("SMT → DMT", "BPTT")))
+        bptt, heads = (got.get(labels.get(label.replace("SMT → DMT", rival)))
+                       for rival in ("BPTT", "BPTT + heads"))
         for row in y:
             yield dict(label=label, nats=s["rollout"], stderr=s["stderr"], teacher=s["teacher"]) | \
-                races.paired(s, partner) | dict(pixels=spell(row * 2 // task.n_out))
+                races.paired(s, bptt) | races.paired(s, heads, "over_heads") | \
+                dict(pixels=spell(row * 2 // task.n_out))
     for row in task.held_out("test", n)["y"]:
         yield dict(label="data", nats=None, pixels=spell(row * 2 // task.n_out))
 
@@ -56,12 +58,11 @@ def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str,
         rest += [f"{mine[0]['nats']:.1f} nats"] if "nats" in mine[0] else []
         style.pictures(ax, unspell(mine), columns, f"{method}\n{': '.join(rest)}")
     style.save(fig, lab.out(f"{lab.name}.png"))
-    nats = {row["label"]: row["nats"] for row in rows if "nats" in row}
-    # "SMT → DMT, gru" against the best of all that begin with "BPTT, gru"
-    rivals = lambda k: [v for name, v in nats.items() if name.startswith("BPTT" + k)]
-    better = {v < min(rivals(k[9:])) for k, v in nats.items() if "SMT" in k and rivals(k[9:])}
-    verdict = {(True,): "agrees", (False,): "disagrees"}.get((*better,), "open")
-    return "nats per test image: " + ", ".join(f"{k} {v:.1f}" for k, v in nats.items()), verdict
+    ends = {row["label"]: row for row in rows if "nats" in row}
+    outcomes = [races.outcome(row[key], row[f"{key}_stderr"]) for label, row in ends.items()
+                for key in ("over_bptt", "over_heads") if "SMT" in label and key in row]
+    return "nats per test image: " + ", ".join(f"{k} {row['nats']:.1f}" for k, row in ends.items()), \
+        races.said(outcomes)
 
 
 def raced(race: str, updaters) -> dict:
