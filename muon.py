@@ -36,10 +36,13 @@ class Muon(torch.optim.Optimizer):
     A step of an orthogonal matrix with r rows and c columns has entries of root-mean-square
     1 / sqrt(max(r, c)); it is scaled to 0.2, about that of an AdamW step, so that both take one
     learning rate (Moonlight, arXiv 2502.16982).
+
+    A parameter may be several maps one below the other; a group of parameters says how many
+    (`maps`). Each is orthogonalised by itself, or they would share the directions of one.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maps=1))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -56,10 +59,12 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in params]
                 slow = [self.state[p]["momentum_buffer"] for p in params]
                 torch._foreach_lerp_(slow, grads, 1 - momentum)
-                steps = orthogonalize(torch.stack(torch._foreach_lerp(grads, slow, momentum)))
+                whole = torch.stack(torch._foreach_lerp(grads, slow, momentum))
+                each = whole.unflatten(1, (group["maps"], -1)).flatten(0, 1)
+                steps = orthogonalize(each).reshape(whole.shape)
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, list(steps.unbind()),
-                                    alpha=-lr * 0.2 * max(shape) ** 0.5)
+                                    alpha=-lr * 0.2 * max(each.shape[1:]) ** 0.5)
 
 
 def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Parameter]],
@@ -70,16 +75,20 @@ def make_optimizers(cfg, nets: dict[str, nn.Module], trained: list[list[nn.Param
     # Muon steps equally far along all directions of a map from stream to stream. The rows of an
     # embedding or of a last layer are symbols, most of them seldom seen; they shall not all move
     # equally far.
-    rest, matrices = [p for group in trained for p in group], []
+    rest, matrices = [p for group in trained for p in group], {}
     if cfg.optimizer == "muon":
-        inside = {id(p) for net in nets.values() for name, p in net.named_parameters()
+        # queries, keys and values are one parameter, and so are the three gates of a GRU
+        inside = {id(p): 3 if "w_qkv" in name or "cell" in name else 1
+                  for net in nets.values() for name, p in net.named_parameters()
                   if ("w_" in name or "cell.weight" in name) and p.ndim == 2}
-        matrices = [p for p in rest if id(p) in inside]
+        for p in rest:
+            if id(p) in inside:
+                matrices.setdefault(inside[id(p)], []).append(p)
         rest = [p for p in rest if id(p) not in inside]
     out = []
     if rest:
         out.append(torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01,
                                      fused=device != "mps"))  # which has no fused kernel
     if matrices:
-        out.append(Muon(matrices, lr=cfg.lr))
+        out.append(Muon([dict(params=of, maps=n) for n, of in matrices.items()], lr=cfg.lr))
     return out

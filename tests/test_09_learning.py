@@ -71,6 +71,22 @@ def test_a_step_of_muon_is_orthogonal():
     assert spread[0] / spread[-1] < 2
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (24, 4)])
+def test_muon_takes_maps_of_one_parameter_apart(shape):
+    """A parameter that is two maps, one below the other, moves as these would by themselves."""
+    torch.manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(shape))
+    parts = [torch.nn.Parameter(v.clone()) for v in whole.detach().chunk(2)]
+    pair = [muon.Muon([dict(params=[whole], maps=2)], lr=0.1), muon.Muon(parts, lr=0.1)]
+    for _ in range(3):
+        whole.grad = torch.randn(shape)
+        for p, g in zip(parts, whole.grad.chunk(2)):
+            p.grad = g.clone()
+        for optimizer in pair:
+            optimizer.step()
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
+
+
 def test_muon_takes_the_steps_of_torchs():
     """Ten steps on two shapes agree with torch.optim.Muon, which orthogonalises in bf16 (8 bits),
     one matrix at a time."""
