@@ -101,7 +101,8 @@ def sketchy() -> dict:
     bptt = flags | dict(lr=5e-3, seed=0)
     jobs = both("sketchy-gru", flags, (2.5, 17.5), dmt=dict(span=64, eval_every=400)) + \
         [Job("sketchy-gru-bptt-0", "bptt", 20.0, bptt),
-         Job("sketchy-gru-bptt-heads-0", "bptt", 20.0, bptt | races.CHEAP)]
+         Job("sketchy-gru-bptt-heads-0", "bptt", 20.0,
+             bptt | races.CHEAP | dict(batch_size=24, heads=64))]
     return dict(jobs=jobs, shown={"SMT → DMT": jobs[1].name, "BPTT": jobs[2].name,
                                   "BPTT + heads": jobs[3].name})
 
