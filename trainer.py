@@ -41,7 +41,7 @@ from console import fail, hush, pick_device
 from flags import load_data
 from graph import graph_updates
 from model import FORMAT, ModelConfig, load_checkpoint
-from muon import make_optimizers
+from muon import Muon, make_optimizers
 from sources.files import Data, lock, regular, writing, written_whole
 
 
@@ -444,8 +444,11 @@ class Run:
             for optimizer, state in zip(self.optimizers, ckpt["optimizers"], strict=True):
                 groups = optimizer.state_dict()["param_groups"]  # made of the flags, as ever
                 optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
+                keeps = {"momentum_buffer"} if isinstance(optimizer, Muon) else \
+                    {"step", "exp_avg", "exp_avg_sq"}
                 for p, kept in optimizer.state.items():
-                    if any(v.shape not in (p.shape, ()) for v in kept.values()):
+                    if kept.keys() != keeps or any(v.shape not in (p.shape, ())
+                                                   for v in kept.values()):
                         raise ValueError("optimizers of other networks")
             self.spent, self.history = ckpt["elapsed"], list(ckpt.get("history", []))
             for name in ("step", "tokens", "layers", "best", "sums", "metrics", "kept"):
