@@ -57,14 +57,7 @@ def fig10(lab: Lab) -> tuple[str, str]:
     for ax, (kind, method) in zip(maps, KINDS.items()):
         at = [(Tf, max(v, 1e-9)) for (k, Tf), of in end.items() if k == kind for v in of]
         left.plot(*zip(*at), ls="", **style.of(method) | dict(label=kind))
-        mine = sorted((r for r in rows if r["kind"] == kind and r["steps"] < STEPS),
-                      key=lambda r: r["steps"])
-        held = [[r[k] for k in r if k.startswith("held_")] for r in mine]
-        times = T // 2 + 0.5, T - 0.5, len(mine) - 0.5, -0.5  # held_0 is that of t = T / 2 + 1
-        image = ax.imshow(held, aspect="auto", cmap=style.MAP, vmin=0.25, vmax=1, extent=times)
-        ax.set(title=f"{kind}, Tf = 1", xlabel="t", yticks=range(len(mine)))
-        ax.set_yticklabels([r["steps"] for r in mine])
-        ax.grid(False)
+        image = held_map(ax, kind, [r for r in rows if r["kind"] == kind and r["steps"] < STEPS])
     left.set(xscale="log", yscale="log", xlabel="Tf", ylabel="nats", title="the RNN alone",
              xticks=[1, 4, T])
     left.set_xticklabels(["1", "4", str(T)])
@@ -80,6 +73,18 @@ def fig10(lab: Lab) -> tuple[str, str]:
         f"{kind} Tf = {Tf} " + " and ".join(f"{v:.2g}" for v in of)
         for (kind, Tf), of in end.items()), \
         "agrees" if good else "disagrees" if not solved["joint", 1] else "open"
+
+
+def held_map(ax, kind: str, rows: list[dict]):
+    """How far back the memory holds the needle, a row for each length of SMT. Returns the image."""
+    rows = sorted(rows, key=lambda r: r["steps"])
+    held = [[r[k] for k in r if k.startswith("held_")] for r in rows]
+    times = T // 2 + 0.5, T - 0.5, len(rows) - 0.5, -0.5    # held_0 is that of t = T / 2 + 1
+    image = ax.imshow(held, aspect="auto", cmap=style.MAP, vmin=0.25, vmax=1, extent=times)
+    ax.set(title=f"{kind}, Tf = 1", xlabel="t", yticks=range(len(rows)))
+    ax.set_yticklabels([r["steps"] for r in rows])
+    ax.grid(False)
+    return image
 
 
 @torch.no_grad()
