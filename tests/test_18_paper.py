@@ -167,8 +167,9 @@ def test_updaters_of_one_size(preset, rnn):
     assert size(rnn) == pytest.approx(size("transformer"), rel=0.1)
 
 
-def test_an_updater_brings_its_width(command, monkeypatch):
+def test_an_updater_brings_its_width(command, tmp_path, monkeypatch):
     """On the command line, in the help, and not over a width that is given."""
+    monkeypatch.chdir(tmp_path)  # here there may be a run of the quick start
     parse = lambda *argv: flags.parse("smt", smt.Config, [*argv, "--preset", "gpu"], "")[0]
     monkeypatch.setattr(flags, "pick_device", lambda name: "cpu")
     assert parse("--rnn", "gru").mem_dim == 84 and parse().mem_dim == 0

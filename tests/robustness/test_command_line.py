@@ -412,10 +412,11 @@ def test_evaluating_does_not_change_training(command, tmp_path):
     assert distance(*finals) == 0
 
 
-def test_a_run_in_steps_has_no_clock():
+def test_a_run_in_steps_has_no_clock(tmp_path, monkeypatch):
     """--steps alone sets no limit in minutes and --minutes alone none in steps, so that steps
     repeat exactly."""
     import smt
+    monkeypatch.chdir(tmp_path)  # here there may be a run of the quick start
     parse = lambda *argv: flags.parse("smt", smt.Config, ["--device", "cpu", *argv], "")[0]
     assert parse().minutes == recipe(smt).minutes > 0 and parse().steps == 0
     assert (parse("--steps", "7").steps, parse("--steps", "7").minutes) == (7, 0)
