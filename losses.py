@@ -75,18 +75,20 @@ def last_inputs(x: Tensor, t: Tensor, n: int, bos: int) -> Tensor:
 
 
 def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n rows about in proportion to score (N,) >= 0, hardly one of them twice -> (rows (n,), weights
-    (n,)): the mean over them of weight * value estimates the mean of value over all N without bias,
-    where score > 0.
+    """n rows about in proportion to score (N,) >= 0, hardly one of them twice -> (rows (n,),
+    weights (n,)): the mean over them of weight * value estimates the mean of value over all N
+    without bias, where score > 0.
 
     Systematic sampling: one random offset, then even steps through the cumulated scores. It draws
     evenly, always n rows, and asks the device for nothing.
     """
     exact = torch.float32 if score.device.type == "mps" else torch.float64  # Apple's has no more
     share = score.to(exact) + 1e-30  # all zero: no place is special
-    # Who would be drawn for sure need not be drawn twice: what is above 1 / n goes to the others.
+    # Who would be drawn for sure need not be drawn twice: what is above 1 / n goes to the others;
+    # where fewer than n have a score, all of them have the same.
+    most = 1 / (score > 0).sum().clamp(1, n).to(exact)
     for _ in range(8):
-        share = (share / share.sum()).clamp(max=1 / n)
+        share = torch.minimum(share / share.sum(), most)
     share = share / share.sum()
     # an offset in (0, 1] finds a row whose score moves the sum, never one of score 0 at either end
     up_to, offset = share.cumsum(0), 1 - torch.rand((), generator=gen).item()

@@ -114,6 +114,14 @@ def test_score_zero_is_never_drawn(offset, N, monkeypatch):
             assert (score[rows] > 0).all() and rows.shape == (n,) and weights.isfinite().all()
 
 
+def test_one_score_among_many_is_drawn_alone():
+    """Fewer rows with a score than are drawn: nobody else is, however many there are."""
+    score = torch.zeros(20_000)
+    score[7] = 0.3
+    rows, weights = draw(score, 5000, gen())
+    assert (rows == 7).all() and torch.allclose(weights, torch.full((5000,), 1 / 20_000))
+
+
 def test_no_score_at_all_means_anywhere():
     """All scores 0: rows are drawn evenly, with weights that are finite."""
     rows, weights = draw(torch.zeros(6), 12, gen())
