@@ -251,8 +251,8 @@ class Run:
         warmup = c.warmup if c.warmup >= 1 else c.warmup * total
         scale = min(1.0, (self.step + 1) / max(1, warmup))  # step + 1: at rate 0 a step is lost
         scale *= c.decay + (1 - c.decay) * cosine
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = self.cfg.lr * scale
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
+            group["lr"] = c.lr * scale
 
     def count(self, tokens: int, layers: int) -> None:
         """Training's cost, on the axes of the paper's Fig. 6: tokens seen, and layers of a forward

@@ -1,5 +1,7 @@
 """Lesson: it works. Memory supervised by a Transformer teaches an RNN to remember, without a
 rollout."""
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,7 @@ import bptt
 import dmt
 import muon
 import smt
+import trainer
 from evaluate import evaluate, networks
 from model import load_checkpoint
 from flags import load_data
@@ -53,6 +56,21 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(rnn, encoder):
             "decoder.blocks.1.w_down.weight"} <= taken[1] and "heads.linear.weight" in taken[0]
     one, = make_optimizers(recipe(smt, optimizer="adamw"), nets, groups, "cpu")
     assert {names[id(p)] for g in one.param_groups for p in g["params"]} == trained
+
+
+def test_the_schedule_reaches_every_parameter():
+    """Warm-up and decay are everybody's: an optimiser may have several groups of parameters, and
+    each has its own rate to set."""
+    nets = dict(zip(("encoder", "decoder", "rnn"), tiny.networks(rnn="gru")))
+    cfg = recipe(smt, lr=1.0, warmup=10, decay=0.1, steps=100)
+    optimizers = make_optimizers(cfg, nets, [[p for net in nets.values()
+                                              for p in net.parameters()]], "cpu")
+    groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+    assert len(groups) > len(optimizers)  # else nothing is shown
+    for step, rate in ((0, 0.1), (50, 0.55), (100, 0.1)):
+        trainer.Run.set_learning_rate(SimpleNamespace(
+            cfg=cfg, step=step, progress=step / 100, optimizers=optimizers))
+        assert [g["lr"] for g in groups] == pytest.approx([rate] * len(groups), abs=0.01)
 
 
 def test_a_step_of_muon_is_orthogonal():
