@@ -38,8 +38,9 @@ import flags
 import presets
 import smt
 import trainer
+from checkpoints import RANGES
 from losses import cross_entropy, futures
-from model import RANGES, RNN, Decoder, Encoder, Heads, autocast
+from model import RNN, Decoder, Encoder, Heads, autocast
 
 LABEL_EVERY = 16  # of the reference's DMT
 

@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 import flags
 import ranks
 import trainer
+from checkpoints import build
 from evaluate import evaluate, networks, summary
 from flags import flag
 from losses import cross_entropy, predictive
-from model import RNN, Heads, ModelConfig, autocast, build
+from model import RNN, Heads, ModelConfig, autocast
 from sample import draw_samples
 
 

@@ -31,7 +31,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import numpy  # noqa: E402, F401
 import torch  # noqa: E402
 
-from model import CheckpointError  # noqa: E402
 from sources.files import UserError  # noqa: E402
 
 
@@ -112,7 +111,7 @@ def cli(main) -> None:
         return sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has left
         return hush()
-    except (UserError, CheckpointError, OSError) as e:
+    except (UserError, OSError) as e:
         line = str(e)
     except KeyboardInterrupt:  # a training run saves first; here there was nothing to save yet
         line, code = "interrupted", 130

@@ -23,11 +23,11 @@ from torch import Tensor
 import flags
 import ranks
 import trainer
+from checkpoints import CheckpointError, build
 from evaluate import evaluate, summary
 from flags import flag
 from losses import cross_entropy, predictive
-from model import (RNN, CheckpointError, Encoder, Heads, ModelConfig, autocast, build,
-                   on_device)
+from model import RNN, Encoder, Heads, ModelConfig, autocast, on_device
 from sample import draw_samples
 
 

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flags
+from checkpoints import RANGES, build
 from data import OPTIONS, bayes, refuse_useless
 from losses import futures
-from model import RANGES, ROWS, RNN, Decoder, Encoder, autocast, build, on_device
+from model import ROWS, RNN, Decoder, Encoder, autocast, on_device
 from sources.files import Data, UserError, written_whole
 
 # MPS has no float64, where sums over millions of numbers keep their digits

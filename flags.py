@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import data as datasets
 import presets
 import ranks
+from checkpoints import CHOICES, CheckpointError, load_checkpoint, odd_heads, problem
 from console import fail, flags_in, parser, pick_device, refuse
-from model import CHOICES, CheckpointError, load_checkpoint, odd_heads, problem
 from sources.files import Data
 
 GROUPS = {  # of flags, in the order of --help

@@ -29,7 +29,6 @@ import smt
 from figures import cost, credit, inside, ours, pictures, races, tasks, text
 from figures.runs import (Lab, Planned, Stopped, commit, finished, read_csv, say, stored,
                           write_csv)
-from model import CheckpointError
 from sources.files import UserError, written_whole
 
 SCRIPTS = dict(smt=smt.main, dmt=dmt.main, bptt=bptt.main, evaluate=evaluate.main)
@@ -131,7 +130,7 @@ def main(argv) -> None:
     for name in list(FIGURES) if "all" in a.figures else a.figures:
         try:
             make(lab, name)
-        except (UserError, CheckpointError) as e:
+        except UserError as e:
             skipped[name] = str(e)
             say(f"{name} | skipped: {e}")
         except Stopped:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import flags
+from checkpoints import build
 from data import READS, TEXTS, sequences_to_images
-from model import RNN, autocast, build, on_device
+from model import RNN, autocast, on_device
 from sources import text
 from sources.files import Data, written_whole
 from sources.images import grid, save_png

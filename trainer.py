@@ -36,11 +36,12 @@ import torch
 from torch import nn
 
 import ranks
-from curve import draw_curve
+from checkpoints import FORMAT, load_checkpoint
 from console import fail, hush, pick_device
+from curve import draw_curve
 from flags import load_data
 from graph import graph_updates
-from model import FORMAT, ModelConfig, load_checkpoint
+from model import ModelConfig
 from muon import Muon, make_optimizers
 from sources.files import Data, lock, regular, writing, written_whole
 

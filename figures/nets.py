@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 import flags
+from checkpoints import build
 from figures.runs import Lab
-from model import build
 
 
 def opened(lab: Lab, name: str, *networks: str) -> tuple:

@@ -91,6 +91,6 @@ def test_every_script_knows_every_backbone(kind, command, tmp_path):
         code, _, err = command(line, kind=kind, out=tmp_path)
         assert code == 0, err
     x, _ = sequences(n=2, length=8)
-    import model
-    rnn = model.load(str(tmp_path / "post" / "ckpt.pt"))
+    import checkpoints
+    rnn = checkpoints.load(str(tmp_path / "post" / "ckpt.pt"))
     assert type(rnn.updater) is UPDATERS[kind] and rnn.memories(x.clamp(max=3)).shape[:2] == (2, 8)

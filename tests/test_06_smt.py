@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tiny import B, D, K, M, T, gen, networks, recipe, sequences
 
 import smt
+from checkpoints import build, load_checkpoint
 from losses import cross_entropy
-from model import build, load_checkpoint
 
 # and no heads, horizon 1
 PAPER = dict(first=0.0, futures=1000, lambda_fut=1.0, decode_own=False, rnn_batch=0)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tiny import B, K, M, T, gen, networks, recipe, sequences
 
 import dmt
+from checkpoints import CheckpointError
 from losses import cross_entropy
-from model import CheckpointError
 
 
 def setting(n=B):

@@ -12,8 +12,8 @@ import dmt
 import muon
 import smt
 import trainer
+from checkpoints import load_checkpoint
 from evaluate import evaluate, networks
-from model import load_checkpoint
 from flags import load_data
 from trainer import make_optimizers
 

@@ -88,7 +88,7 @@ def test_commands_run_in_order(tiny_mnist, tmp_path, monkeypatch):
 def test_python_example_runs(capsys):
     """The lines that step the RNN through a sequence work on the checkpoint that comes with the
     project."""
-    code = next(block for block in blocks("python") if "model.load" in block)
+    code = next(block for block in blocks("python") if "checkpoints.load" in block)
     scope = {}
     exec(code.replace('"results/', f'"{ROOT}/results/'), scope)
     assert scope["m"].shape[1:] == scope["rnn"].m0.shape

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-import model
+import checkpoints
 
 
 class Marker:
@@ -53,7 +53,7 @@ BAD = {  # (bytes of a good checkpoint, path of the marker) -> bytes of a bad on
     "a list": lambda good, mark: packed([1, 2, 3]),
     "another project's": lambda good, mark: packed(dict(model=dict(w=torch.zeros(3)), step=3)),
     "an older format": lambda good, mark: changed(good, format=1),
-    "a newer format": lambda good, mark: changed(good, format=model.FORMAT + 1),
+    "a newer format": lambda good, mark: changed(good, format=checkpoints.FORMAT + 1),
     "no config": lambda good, mark: changed(good, config=GONE),
     "config of another type": lambda good, mark: changed(good, config=[1]),
     "empty config": lambda good, mark: changed(good, config={}),
@@ -130,13 +130,13 @@ def test_an_older_format_says_so(command, tiny_smt, tmp_path):
     (tmp_path / "old.pt").write_bytes(changed(tiny_smt.read_bytes(), format=1))
     code, _, err = command(f"evaluate.py --ckpt {tmp_path}/old.pt")
     assert code == 2 and err.count("\n") == 1, err
-    assert "format 1" in err and f"format {model.FORMAT}" in err and "train again" in err
+    assert "format 1" in err and f"format {checkpoints.FORMAT}" in err and "train again" in err
 
 
 def test_a_good_checkpoint_loads_from_anywhere(tiny_smt, tmp_path, monkeypatch):
     """The RNN of a good checkpoint loads with nothing but its path and steps through symbols."""
     monkeypatch.chdir(tmp_path)
-    rnn = model.load(str(tiny_smt))
+    rnn = checkpoints.load(str(tiny_smt))
     m = rnn.update(rnn.start(2), torch.tensor([0, 1]), torch.tensor([1, 1]))
     assert rnn.logits(m).shape == (2, 3) and rnn.logits(m).isfinite().all()
 
@@ -144,7 +144,7 @@ def test_a_good_checkpoint_loads_from_anywhere(tiny_smt, tmp_path, monkeypatch):
 def test_load_raises_one_clear_error(tmp_path):
     """In Python a bad file is a CheckpointError, with the path in it."""
     (tmp_path / "x.pt").write_bytes(b"junk")
-    with pytest.raises(model.CheckpointError, match="x.pt"):
-        model.load(str(tmp_path / "x.pt"))
-    with pytest.raises(model.CheckpointError, match="missing.pt"):
-        model.load(str(tmp_path / "missing.pt"))
+    with pytest.raises(checkpoints.CheckpointError, match="x.pt"):
+        checkpoints.load(str(tmp_path / "x.pt"))
+    with pytest.raises(checkpoints.CheckpointError, match="missing.pt"):
+        checkpoints.load(str(tmp_path / "missing.pt"))

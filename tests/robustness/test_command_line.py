@@ -223,7 +223,8 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(line, named, here, command, m
 def picture_ckpt(tmp_path_factory):
     """The checkpoint of an untrained RNN for pictures of 2x3 pixels, which is all that sampling
     needs."""
-    from model import FORMAT, RNN, ModelConfig
+    from checkpoints import FORMAT
+    from model import RNN, ModelConfig
     c = ModelConfig(vocab=3, n_out=2, T=6, d_model=8, n_heads=1, mem_tokens=2, rnn_layers=1,
                     dec_layers=1, ctx_len=6, fut_len=6, heads=6)
     path = tmp_path_factory.mktemp("pictures") / "rnn.pt"

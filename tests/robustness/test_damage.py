@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import model
+import checkpoints
 
 GONE = object()
 
@@ -61,8 +61,8 @@ def test_no_damage_loads_with_other_values(tiny_smt, tmp_path):
     for seed in range(200):
         path.write_bytes(damaged(good, random.Random(seed)))
         try:
-            got = model.load_checkpoint(str(path))
-        except model.CheckpointError as e:
+            got = checkpoints.load_checkpoint(str(path))
+        except checkpoints.CheckpointError as e:
             refused += 1
             assert str(e).startswith(f"{path}: ") and "\n" not in str(e)
         else:
@@ -183,10 +183,10 @@ def test_weights_that_are_not_finite(number, command, tiny_smt, tmp_path):
 def test_weights_of_half_precision_are_welcome(tiny_smt, tmp_path):
     """results/ keeps some; they are used in full precision."""
     ckpt = read(tiny_smt)
-    small = {k: v for k, v in ckpt.items() if k not in model.RESUMES or k == "step"}
+    small = {k: v for k, v in ckpt.items() if k not in checkpoints.RESUMES or k == "step"}
     small["rnn"] = {k: v.half() for k, v in ckpt["rnn"].items()}
     torch.save(small, tmp_path / "half.pt")
-    rnn = model.load(str(tmp_path / "half.pt"))
+    rnn = checkpoints.load(str(tmp_path / "half.pt"))
     assert all(p.dtype == torch.float32 for p in rnn.parameters())
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, RUN, SIZES, TASK
 
-import model
+import checkpoints
 import trainer
 
 LONG = "--steps 24 --ckpt_every 6 --log_every 4 --eval_every 8 --warmup 3"
@@ -209,7 +209,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(log_every, command
     assert code == 2 and err.count("\n") == 1 and "not finite" in err \
         and f"{tmp_path}/run/ckpt.pt" in err
     assert read(tmp_path / "run/ckpt.pt")["step"] == 3
-    rnn = model.load(str(tmp_path / "run/ckpt.pt"))
+    rnn = checkpoints.load(str(tmp_path / "run/ckpt.pt"))
     assert all(p.isfinite().all() for p in rnn.parameters())
 
 
@@ -289,7 +289,7 @@ def test_what_is_saved_is_the_average_of_the_weights(command, tmp_path, monkeypa
         d = min(0.6, (step + 1) / (step + 10))
         average = [a * d + w * (1 - d) for a, w in zip(average, weights)]
     ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    names = [name for name, _ in model.load(str(tmp_path / "ckpt.pt")).named_parameters()]
+    names = [name for name, _ in checkpoints.load(str(tmp_path / "ckpt.pt")).named_parameters()]
     assert all(torch.allclose(ckpt["rnn"][name], a, atol=1e-5) for name,
                a in zip(names, average, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ckpt["newest"], seen[-1], strict=True))
