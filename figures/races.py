@@ -36,9 +36,8 @@ RACES = {
         smt=dict(dataset="mnist", image_size=28, n_val=50, batch_size=6, fut_len=56, heads=56,
                  past=224),
         dmt=dict(n_val=50, batch_size=64, eval_every=400),
-        bptt=dict(n_val=50, batch_size=12, eval_every=50, ckpt_every=25)),
-        # twice the batch takes 1.5 times as long; as many heads as SMT has
-        cheap=dict(batch_size=24, eval_every=75, heads=56)),
+        bptt=dict(n_val=50, batch_size=24, eval_every=40, ckpt_every=25)),
+        cheap=dict(eval_every=75, heads=56)),  # as many heads as SMT has; shorter steps
     # sizes, batches and rates are the preset's
     "racegpu": dict(minutes=17.0, seeds=(0, 1), n_test=10_000, span=64, flags=dict(
         smt=dict(dataset="mnist", image_size=28, preset="gpu"),
