@@ -250,11 +250,14 @@ def main(argv) -> None:
         run.set_learning_rate()
         horizon = min(cfg.horizon, T) or horizon_at(run.progress, T)
         layers_to_set_out, layers = sequential_layers(c, cfg, horizon)
-        with autocast(device):
-            if walk is None or cfg.spans:
-                batch = [v[:, :T] for v in task.batch(mine.batch_size, run.gen)]
+        if walk is None or cfg.spans:
+            batch = [v[:, :T] for v in task.batch(mine.batch_size, run.gen)]
+            # A context of its own: autocast keeps the weights' bf16 copies until it ends, and those
+            # made without a graph would leave the updater without a gradient (torch before 2.10).
+            with autocast(device):
                 walk = begin(batch, encoder, rnn, horizon, mine, run.gen)
-                run.count(cfg.batch_size * T, layers_to_set_out)
+            run.count(cfg.batch_size * T, layers_to_set_out)
+        with autocast(device):
             losses, made = objective(rnn, heads, walk, variance, mine, run.gen, task.density(T))
         losses["loss"].backward()
         new = 0

@@ -104,16 +104,17 @@ def fp32(device: torch.device):
 
 
 def on_device(v: Tensor, device: torch.device | str) -> Tensor:
-    """v, made on the CPU, on the device. From pinned memory, so that a CUDA GPU fetches it when it
-    gets there and nobody waits."""
-    if str(device).startswith("cuda"):
+    """v, made on the CPU, on the device; as it is where it is there already. From pinned memory,
+    so that a CUDA GPU fetches it when it gets there and nobody waits."""
+    if v.device.type == "cpu" and str(device).startswith("cuda"):
         return v.pin_memory().to(device, non_blocking=True)
     return v.to(device)
 
 
 def norm(h: Tensor) -> Tensor:
-    """RMS normalisation without a gain: (..., d) -> (..., d)."""
-    return F.rms_norm(h, (h.shape[-1],))
+    """RMS normalisation without a gain: (..., d) -> (..., d), never bf16. Memories end in it, and
+    carried in bf16 they would lose every small change (autocast knows that since torch 2.12)."""
+    return F.rms_norm(h.to(torch.promote_types(h.dtype, torch.float32)), (h.shape[-1],))
 
 
 def rope(pos: Tensor, hd: int) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ PRESETS["gpu"] = {  # the paper's widths and depths, with the laptop's cheap lab
     "rnn_layers": 8,
     #                     SMT           DMT           BPTT
     "lr":                (1e-3,         3e-4,         3e-4),
-    "warmup": 200,
+    "warmup":            (200,          200,          0.05),  # BPTT has a few hundred steps
     # An update is hundreds of small kernels, one after another, and takes as long for many rows as
     # for few: short rollouts in SMT, many sequences in DMT
     "batch_size":        (64,           512,          128),
@@ -132,6 +132,7 @@ PRESETS["paper"] = {
     "span":              (_,            1,            _),
     # a fresh batch every step; of its 32 * 256 updates one in 16 has a label
     "spans":             (_,            512,          _),
+    "recompute":         (_,            _,            28),  # else 265 GB for MNIST
     "steps":             (150_000,      1500,         150_000),
     "minutes": 0.0,
     "log_every": 50,
@@ -194,7 +195,11 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "lambda_past":       (0.5,          0.5,          _),
 }
 KINDS["gpu", "synthetic"] = {  # as the laptop's
+    "lambda_mse":        (_,            0.03,         _),
+    "first":             (1.0,          1.0,          _),
+    "span":              (_,            32,           _),
     "horizon":           (_,            0,            _),
+    "recompute":         (_,            _,            0),  # T = 64 fits
 }
 KINDS["paper", "mnist"] = {
     "levels": 256,

@@ -81,7 +81,9 @@ def compile_blocks(nets: dict[str, nn.Module]) -> None:
         fail(f"--compile cannot be used here ({' '.join(str(e).split())[:160]}); leave it out")
     # All blocks share one code, compiled anew for each mixture of widths, mask, graph and dtype;
     # torch gives up after 8
-    torch._dynamo.config.recompile_limit = 64
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else \
+        "cache_size_limit"  # its name before torch 2.7
+    setattr(torch._dynamo.config, limit, 64)
     for block in (b for net in nets.values() for b in net.modules() if hasattr(b, "w_qkv")):
         block.qkv = torch.compile(block.qkv, dynamic=True)
         block.mix = torch.compile(block.mix, dynamic=True)

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import ROOT, SIZES, TASK
 from tiny import T, gen, networks, sequences
 
 import graph
+import model
 
 sys.path.append(str(ROOT / "results" / "gpu"))
 pretend = pytest.importorskip("pretend", reason="PyTorch moved its dispatch modes",
@@ -185,3 +187,24 @@ def test_training_with_graph_is_training_without(command, monkeypatch, tmp_path)
                      for s in ("smt", "dmt")])
     for plain, fast in zip(*logs):
         assert all(torch.equal(plain[k], fast[k]) for k in plain)
+
+
+def test_what_is_on_the_device_is_not_pinned_again():
+    """CUDA refuses to pin what it holds already; times are moved by objective, then handed on."""
+    def pin():
+        raise RuntimeError("only dense CPU tensors can be pinned")
+    there = SimpleNamespace(device=torch.device("cuda"), pin_memory=pin, to=lambda device: device)
+    assert model.on_device(there, "cuda:0") == "cuda:0"
+
+
+@pytest.mark.parametrize("updater", ["transformer", "mlp", "gru"])
+def test_memories_are_fp32_in_bf16_autocast(updater):
+    """Labels, and what the RNN makes alone, keep small changes; a rollout in pieces is a whole
+    one's."""
+    encoder, _, rnn = networks(rnn=updater)
+    x, _ = sequences()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        labels = encoder(x)
+        assert labels.dtype == torch.float32
+        own = rnn.own_memories(labels, x, torch.arange(T), T, gen())
+        assert torch.equal(own[:, 1:], rnn.rollout(labels[:, 0], x[:, 1:], 1))
