@@ -11,7 +11,6 @@
 # at the end. Weights that may be kept are written in half precision. From the environment:
 #
 #     RUNS=runs/gpu          where everything goes; must still be there in the next call
-#     DATA=data              where MNIST, TinyStories and Sketchy are
 #     CALL=9                 minutes after which a run stops itself and can be resumed
 #     SCALE=1                factor on all minutes
 #     FLAGS=""               added to new runs of smt.py and bptt.py
@@ -24,7 +23,8 @@
 #     export SCALE=0.005 N=5 FLAGS="--preset laptop --d_model 16 --n_val 5 --eval_every 0"
 #     export MEASURE="--device cpu --preset laptop --size 8 --guess 0"
 set -eu -o pipefail
-export SMT_DATA_DIR=${DATA:-data} PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# shapes change from step to step
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 RUNS=${RUNS:-runs/gpu} CALL=${CALL:-9} SCALE=${SCALE:-1} FLAGS=${FLAGS:-}
 began=$SECONDS
 
