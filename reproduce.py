@@ -154,18 +154,25 @@ def make(lab: Lab, name: str) -> None:
             raise
         fail(f"{lab.out('')}: its CSV does not hold this figure's numbers; make it without --draw")
     say(f"{name} | {verdict}: {found} | {lab.out('')}")
-    if lab.draw:
-        return  # the numbers are the old ones, and so is their row
-    minutes = sum(job.minutes for job in lab.used) or (time.time() - began) / 60
-    seeds = sorted({job.flags.get("seed", 0) for job in lab.used} or {0})
-    commits = sorted({stored(lab, job.name, "finished.json")["commit"] for job in lab.used})
-    row = dict(figure=name, claim=claim, ours=found, verdict=verdict, minutes=round(minutes, 1),
-               seeds=" ".join(map(str, seeds)), commit=" ".join(commits) or commit())
     path = os.path.join(lab.results, "figures.csv")
-    rows = told(path) | {name: row}
+    rows, row = told(path), dict(figure=name, claim=claim, ours=found, verdict=verdict)
+    if not lab.draw:  # else the numbers are the old ones, and only the words may be new
+        row |= cost_of(lab, began)
+    rows[name] = rows.get(name, {}) | row
+    if "commit" not in rows[name]:
+        return  # drawn from a CSV that somebody brought along
     rows = [rows[k] for k in FIGURES if k in rows]
     write_csv(path, rows)
     put_rows(os.path.join(lab.results, "README.md"), rows)
+
+
+def cost_of(lab: Lab, began: float) -> dict:
+    """Minutes, seeds and commits of the runs that a figure used."""
+    minutes = sum(job.minutes for job in lab.used) or (time.time() - began) / 60
+    seeds = sorted({job.flags.get("seed", 0) for job in lab.used} or {0})
+    commits = sorted({stored(lab, job.name, "finished.json")["commit"] for job in lab.used})
+    return dict(minutes=round(minutes, 1), seeds=" ".join(map(str, seeds)),
+                commit=" ".join(commits) or commit())
 
 
 def told(path: str) -> dict:

@@ -52,21 +52,23 @@ def tab1(lab: Lab) -> tuple[str, str]:
                     yield dict(part=f"token, {size} sizes", name=name, length=T, ms=seconds * 1e3,
                                mib=kib / 1024)
 
-    rows = table(lab, measure)
+    rows, paper = table(lab, measure), "SMT, as the paper"
     kinds = [k for k in dict.fromkeys(r["part"] for r in rows) if k != "training"]
     draw_costs(rows, kinds, lab.out("tab1.png"))
     first = lambda part, name: [r["ms"] for r in rows if (r["part"], r["name"]) == (part, name)]
     grows = {name: first(kinds[-1], name)[-1] / first(kinds[-1], name)[0]
              for name in ("transformer", "KV cache")}
-    mib = {name: [r["mib"] for r in rows if r["name"] == name] for name in WAYS}
-    paper = mib["SMT, as the paper"]
-    flat = paper[-1] < 1.5 * paper[0]
+    ms, mib = ({name: [r[key] for r in rows if r["name"] == name] for name in WAYS}
+               for key in ("ms", "mib"))
+    flat = all(of[paper][-1] < 1.5 * of[paper][0] for of in (ms, mib))
+    Ts = [r["length"] for r in rows if r["name"] == paper]
+    from_to = lambda of, name: f"{of[name][0]:.0f} to {of[name][-1]:.0f}"
     return f"from {past[0]} to {past[-1]} tokens a new one costs the RNN " \
         f"{grows['transformer']:.1f} times as much, a Transformer with a cache " \
-        f"{grows['KV cache']:.1f} times; a step of the paper's SMT takes {paper[0]:.0f} to " \
-        f"{paper[-1]:.0f} MiB, one that learns from all times " \
-        f"{mib['SMT, all times'][0]:.0f} to {mib['SMT, all times'][-1]:.0f}, BPTT's " \
-        f"{mib['BPTT'][0]:.0f} to {mib['BPTT'][-1]:.0f}", \
+        f"{grows['KV cache']:.1f} times; T = {Ts[0]} to {Ts[-1]}, a step of the " \
+        f"paper's SMT: {from_to(ms, paper)} ms and {from_to(mib, paper)} MiB, one that learns " \
+        f"from all times {from_to(mib, 'SMT, all times')} MiB, BPTT's {from_to(ms, 'BPTT')} ms " \
+        f"and {from_to(mib, 'BPTT')} MiB", \
         "agrees" if flat and grows["KV cache"] > 2 * grows["transformer"] else "open"
 
 

@@ -69,10 +69,11 @@ def fig14(lab: Lab) -> tuple[str, str]:
             # of a string the first two symbols: more colours nobody could tell apart
             colour = sorted({r[:2] for r in of}).index(read[:2]) if what == "copy" else i
             ax.scatter(*zip(*of[read]), s=12, color=style.COLOURS[colour], alpha=0.5, lw=0)
-            if what == "retrieval" or len(read) < 4:
+            if what == "retrieval" or len(read) < 3:  # the others follow the lines
                 ax.annotate(read, middle[read], textcoords="offset points", xytext=(5, 4),
                             fontsize=9)
-        ax.set(title=f"{what}: what the RNN has read", aspect="equal")
+        ax.set_title(f"{what}: what the RNN has read", y=0.97)
+        ax.set_aspect("equal", adjustable="datalim")
         ax.axis("off")
     style.save(fig, lab.out("fig14.png"))
     loss = {row["task"]: row["excess"] for row in rows}

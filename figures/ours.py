@@ -236,12 +236,12 @@ def records(lab: Lab) -> tuple[str, str]:
             yield dict(name=name, nats=nats, stderr=0.0)
 
     rows = sorted(table(lab, measure), key=lambda r: -r["nats"])
-    fig, axes = style.panels(1, "nats per image", height=0.6 + 0.28 * len(rows))
-    colours = [style.COLOURS[0] if "n" in r else "0.6" for r in rows]
-    axes[0].barh([r["name"] for r in rows], [r["nats"] for r in rows],
-                 xerr=[r["stderr"] for r in rows], color=colours)
+    fig, axes = style.panels(1, "nats per image", height=0.6 + 0.24 * len(rows))
     for i, r in enumerate(rows):
-        axes[0].text(r["nats"], i, f" {r['nats']:.1f}", va="center", fontsize=8)
+        axes[0].errorbar(r["nats"], i, xerr=r["stderr"], marker="o", capsize=2,
+                         color=style.COLOURS[0] if "n" in r else "0.5")
+        axes[0].text(r["nats"] + r["stderr"], i, f"   {r['nats']:.1f}", va="center", fontsize=8)
+    axes[0].set_yticks(range(len(rows)), labels=[r["name"] for r in rows])
     axes[0].set_title("28×28 MNIST: ours (blue; validation, our own Bernoulli draw) and "
                       "published (grey; test)", fontsize=9)
     style.save(fig, lab.out("records.png"))

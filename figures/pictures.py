@@ -201,7 +201,8 @@ def stories(lab: Lab) -> tuple[str, str]:
               if r["task"] == "stories" and r["method"] in runs]
         if at:
             axes[0].plot(*zip(*at), **style.of(method) | dict(ms=3))
-    axes[0].set_xlim(left=0)
+    best = min(r["nats"] for r in rows if r["task"] == "test")
+    axes[0].set(xlim=(0, None), ylim=(None, 1.5 * best))  # the first minute is far above
     axes[0].legend()
     style.save(fig, lab.out("stories.png"))
     test = {r["method"]: r for r in rows if r["task"] == "test"}

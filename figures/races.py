@@ -108,7 +108,8 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
 
 
 def race(lab: Lab) -> tuple[str, str]:
-    """Ours: nats per validation image of the RNN alone, in the same minutes."""
+    """Ours: nats per image of the RNN alone, in the same minutes: validation images, on which sizes
+    and rates were chosen, and test images, on which nothing was."""
     r = RACES[lab.name]
     if lab.name == "racegpu" and not (torch.cuda.is_available() or lab.quick or lab.draw or
                                       lab.plan):
@@ -118,7 +119,7 @@ def race(lab: Lab) -> tuple[str, str]:
 
     def measure():
         done = train(lab, jobs)
-        got = scores(lab, done, r["n_test"], "val")
+        got, test = (scores(lab, done, r["n_test"], split) for split in ("val", "test"))
         for job in jobs:
             if job.name not in got:
                 continue
@@ -133,8 +134,9 @@ def race(lab: Lab) -> tuple[str, str]:
                        steps=last["step"], tokens=last["tokens"], layers=last["layers"]) | \
                 {k: s[k] for k in ("n", "teacher", "one_step", "rollout", "stderr", "drift",
                                    "one_step_drift", "kl", "variance")} | \
-                paired(s, got.get(f"{lab.name}-{rnn}-bptt-{seed}")) | \
-                paired(s, got.get(f"{lab.name}-{rnn}-bptt-heads-{seed}"), "over_heads") | \
+                compared(job.name, got) | dict(test=test[job.name]["rollout"],
+                                               test_stderr=test[job.name]["stderr"]) | \
+                {f"test_{k}": v for k, v in compared(job.name, test).items()} | \
                 dict(commit=stored(lab, job.name, "finished.json")["commit"])
 
     rows = table(lab, measure)
@@ -143,7 +145,7 @@ def race(lab: Lab) -> tuple[str, str]:
     there = {row["method"] for row in rows} - {"smt"}
     for i, method in enumerate(m for m in style.METHODS if m in there):
         x, y, error = zip(*((UPDATERS.index(row["rnn"]) + (i - (len(there) - 1) / 2) * 0.09,
-                             row["rollout"], row.get("stderr", 0))
+                             row["rollout"], row.get("over_bptt_stderr", 0))  # of the difference
                             for row in rows if row["method"] == method))
         axes[0].errorbar(x, y, yerr=error, ls="", **style.of(method))
     axes[0].set(xticks=range(3), xlim=(-0.5, 3.4))
@@ -151,6 +153,13 @@ def race(lab: Lab) -> tuple[str, str]:
     axes[0].legend(loc="upper right")
     style.save(fig, lab.out(f"{lab.name}.png"))
     return verdict(rows)
+
+
+def compared(name: str, got: dict) -> dict:
+    """A run minus both kinds of BPTT with its race, updater and seed, where they are there."""
+    (race, rnn, _), seed = name.rsplit("-", 1)[0].split("-", 2), name.rsplit("-", 1)[1]
+    return paired(got[name], got.get(f"{race}-{rnn}-bptt-{seed}")) | \
+        paired(got[name], got.get(f"{race}-{rnn}-bptt-heads-{seed}"), "over_heads")
 
 
 def paired(s: dict, bptt: dict | None, name: str = "over_bptt") -> dict:

@@ -77,7 +77,7 @@ def fig3(lab: Lab) -> tuple[str, str]:
             yield dict(task=task, value=value, seed=seed) | row
 
     rows = counted(table(lab, measure))
-    fig, axes = style.panels(5, rows=1, y="nats over the Bayes optimum", height=3.4)
+    fig, axes = style.panels(5, rows=1, y="nats over the Bayes optimum (least: 1e-6)", height=3.4)
     for ax, (task, (axis, _, _)) in zip(axes, TASKS.items()):
         for method in ("bptt", "bptt-heads", "teacher", "dmt"):
             key, source = ("teacher", "dmt") if method == "teacher" else ("excess", method)
@@ -144,7 +144,7 @@ def reach(lab: Lab) -> tuple[str, str]:
                                        minutes=(before + r["seconds"]) / 60)
 
     rows, told = table(lab, measure), {}
-    fig, axes = style.panels(2, "minutes", "nats over the Bayes optimum", height=3.6)
+    fig, axes = style.panels(2, "minutes", "nats over the Bayes optimum (least: 1e-6)", height=3.6)
     for method, line in (("dmt", "-"), ("bptt", ":")):
         first = {}  # T -> minutes until solved, None where it was not
         for T, colour in zip(REACH, style.COLOURS):
@@ -186,7 +186,11 @@ def fig13(lab: Lab) -> tuple[str, str]:
                                ("teacher", "teacher", "teacher, reads everything"),
                                ("window", "smt", "teacher, reads the last 64")):
         at = [(r["T"], r[key]) for r in rows if key in r]
-        axes[0].loglog(*zip(*at), **style.of(method) | dict(label=label), base=2)
+        axes[0].loglog(*zip(*at), **style.of(method) | dict(label=label))
+    style.plain_log(axes[0])
+    at = [r["T"] for r in rows]
+    axes[0].set_xticks(at, labels=map(str, at))
+    axes[0].minorticks_off()
     axes[0].axvline(rows[0]["T"], color="0.6", lw=1, ls=":")
     axes[0].text(rows[0]["T"], axes[0].get_ylim()[1], " trained", va="top", fontsize=9)
     axes[0].legend()
@@ -208,7 +212,7 @@ def others(lab: Lab) -> tuple[str, str]:
             yield dict(task=task, seed=seed) | row
 
     rows = counted(table(lab, measure))
-    fig, axes = style.panels(1, y="nats over the Bayes optimum", height=3.6)
+    fig, axes = style.panels(1, y="nats over the Bayes optimum (least: 1e-6)", height=3.6)
     for method in ("bptt", "bptt-heads", "teacher", "dmt"):
         key, source = ("teacher", "dmt") if method == "teacher" else ("excess", method)
         at = [(list(OTHERS).index(r["task"]), max(r[key], 1e-6)) for r in rows
