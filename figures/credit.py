@@ -58,7 +58,8 @@ def fig10(lab: Lab) -> tuple[str, str]:
         at = [(Tf, max(v, 1e-9)) for (k, Tf), of in end.items() if k == kind for v in of]
         left.plot(*zip(*at), ls="", **style.of(method) | dict(label=kind))
         image = held_map(ax, kind, [r for r in rows if r["kind"] == kind and r["steps"] < STEPS])
-    left.set(xscale="log", yscale="log", xlabel="Tf", ylabel="nats (0 is at 1e-9)", title="the RNN alone",
+    left.set(xscale="log", yscale="log", xlabel="Tf", ylabel="nats (0 is at 1e-9)",
+             title="the RNN alone",
              xticks=[1, 4, T])
     left.set_xticklabels(["1", "4", str(T)])
     left.minorticks_off()
