@@ -42,7 +42,7 @@ class Config(flags.Config):
     detach_dec: bool = flag("predictions teach the readout alone; the paper: yes")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
-    horizon: int = flag("updates the RNN runs alone, about; 0 = from 16 to all of them")
+    horizon: int = flag("updates the RNN runs alone, about; 0 = 16 at first, all in the end")
 
 
 def horizon_at(progress: float, most: int) -> int:
@@ -243,7 +243,7 @@ def main(argv) -> None:
     variance = variance_of(encoder, task.batch(64, torch.Generator().manual_seed(0))[0],
                            torch.arange(T))
 
-    mine = ranks.share(cfg)  # all of it, but under torchrun
+    mine = ranks.share(cfg)  # cfg; under torchrun with this process's part of the batch
     run = trainer.Run("dmt", cfg, nets, trained, c, task, device)
     walk = resumed(run.kept, encoder, mine.batch_size, T, cfg.span, device) if run.kept else None
     while run.unfinished():

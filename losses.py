@@ -7,8 +7,8 @@ asks cheaply; the sum of four questions is
               Tf outputs (--futures of them a step). In SMT alone, as in the paper
     first     y_t alone, from the memory alone: what the readout will be used for. Only a part is
               decoded (--first), most of it where a cheap guess goes wrong
-    heads     the next F targets from every memory, by one linear map (--heads; model.Heads). They
-              make the guess
+    heads     the next F targets from every memory, by one linear map (--heads; model.Heads), the
+              first as much as all together. They make the guess
     past      the last P inputs from every memory, by another (--past). A gradient that crosses few
               updates cannot say that an old input will be needed; who keeps them all is ready
 

@@ -431,7 +431,8 @@ class RNN(nn.Module):
         # a random first piece, so that every time is now young, now old
         start = int(torch.randint(horizon, (), generator=gen)) if horizon < n else 0
         for age in range(1, horizon):
-            # all places i with (i - start) mod horizon = age, but 0, which is always a label
+            # all places i with (i - start) mod horizon = age, but 0, which is always a label: n = 8,
+            # horizon = 4, start = 2 makes 3 and 7, then 4, then 1 and 5; 0, 2 and 6 are labels
             first = (start + age) % horizon or horizon
             if first < n:
                 before, now = slice(first - 1, n - 1, horizon), slice(first, n, horizon)

@@ -5,8 +5,8 @@
     python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
 
 One step: a pass of the encoder makes the memories of all times; they predict; the RNN learns all
-transitions of some sequences at once. Ours: it joins half-way, and learns from memories of its own,
-too, made without a graph. A gradient crosses one update. Writes runs/smt-<dataset>.
+transitions of some sequences at once. Ours: the RNN joins half-way, and learns from memories of its
+own, too, made without a graph. A gradient crosses one update. Writes runs/smt-<dataset>.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli
@@ -36,7 +36,8 @@ class Config(flags.Config):
     rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
     rnn_from: float = flag("part of the run without the RNN, first of all; the paper: 0")
     decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
-    horizon: int = flag("learn after horizon - 1 updates alone, too; 0 = all; paper: 1")
+    horizon: int = flag("learn also after up to horizon - 1 updates alone, few at first; 0 = all; "
+                        "the paper: 1")
     futures: int = flag("memories of a part that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
@@ -167,10 +168,11 @@ def main(argv) -> None:
     trained = [teacher, [*rnn.updater.parameters()]]
     # a causal encoder makes labels for t < Tc alone
     most = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
-    if cfg.times and not task.timestamps:    # a text goes on behind its window: draw times whose
-        most = max(2, most - c.fut_len + 1)  # whole future lies inside
+    if cfg.times and not task.timestamps:
+        # a text goes on behind its window: draw times whose whole future lies inside
+        most = max(2, most - c.fut_len + 1)
 
-    mine = ranks.share(cfg)  # all of it, but under torchrun
+    mine = ranks.share(cfg)  # cfg; under torchrun with this process's part of the batch
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)
     while run.unfinished():
         run.set_learning_rate()
