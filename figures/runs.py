@@ -236,17 +236,19 @@ def scores(lab: Lab, names, n: int = 1000, split: str = "test", length: int = 0)
     fresh = lambda name: os.path.exists(path[name]) and \
         os.path.getmtime(path[name]) >= os.path.getmtime(lab.ckpt(name))
     todo = [Job(name, "evaluate", 0) for name in names if not fresh(name)]
+    # another reproduce.py may be at the same evaluation
+    out = lambda job: f"{path[job.name]}.{os.getpid()}"
 
     def start(job: Job):
         how = dict(ckpt=lab.ckpt(job.name), n_test=n, split=split, threads=1, device=lab.device)
         how |= dict(length=length) if length else {}
-        return "evaluate", command_line(how) + ["--json"], path[job.name] + ".out"
+        return "evaluate", command_line(how) + ["--json"], out(job)
 
     def end(job: Job) -> None:
-        with open(path[job.name] + ".out") as f:
+        with open(out(job)) as f:
             said = [line for line in f if line.startswith("{")]  # a warning may follow it
         store(lab, job.name, file, json.loads(said[-1]))
-        os.remove(path[job.name] + ".out")
+        os.remove(out(job))
 
     work(lab, todo, start, end)
     return {name: got for name in names if (got := stored(lab, name, file))}
