@@ -36,8 +36,7 @@ class Config(flags.Config):
     rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
     rnn_from: float = flag("part of the run without the RNN, first of all; the paper: 0")
     decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
-    horizon: int = flag("learn also after up to horizon - 1 updates alone, few at first; 0 = all; "
-                        "the paper: 1")
+    horizon: int = flag("learn after < horizon updates alone, too; 0 = all; paper: 1")
     futures: int = flag("memories of a part that must predict their whole future")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
