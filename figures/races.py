@@ -44,9 +44,10 @@ RACES = {
         dmt=dict(preset="gpu", batch_size=128),
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
-# At laptop sizes: the peak rate of BPTT that goes on from SMT or DMT, half of what it starts with
-# elsewhere: weights are there, a large rate would destroy them.
+# At laptop sizes: the peak rate of BPTT that goes on from SMT or DMT, at most half of what it starts
+# with elsewhere: weights are there, a large rate would destroy them.
 AFTER_SMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=2.5e-3)
+AFTER_DMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=1.25e-3)
 CHEAP = dict(first=0.25, lambda_heads=1.0)  # BPTT that decodes a part, as SMT does
 EXPLAINED = "gru"  # the updater whose first seed has these
 EXTRA = "dmt-span1", "dmt-mse0", "dmt-past0", "truncated", "smt+truncated"
@@ -102,7 +103,7 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
         task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
         own = task | dict(rnn=rnn) | own
     elif laptop and script == "bptt":
-        own = dict(lr=AFTER_SMT[rnn]) | own
+        own = dict(lr=(AFTER_DMT if after == "half" else AFTER_SMT)[rnn]) | own
     return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
                dict(seed=seed), name(after) if after else "")
 
@@ -185,7 +186,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     told, results = [], []
     for rnn in UPDATERS:
         mine = [row for row in rows if (row["rnn"], row["method"]) == (rnn, "dmt")
-                and "over_bptt" in row]
+                and ("over_bptt" in row or "over_heads" in row)]
         if mine:
             nats = sum(row["rollout"] for row in mine) / len(mine)
             told.append(f"{rnn} {nats:.1f}")
