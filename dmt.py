@@ -253,7 +253,7 @@ def main(argv) -> None:
         if walk is None or cfg.spans:
             batch = [v[:, :T] for v in task.batch(mine.batch_size, run.gen)]
             # A context of its own: autocast keeps the weights' bf16 copies until it ends, and those
-            # made without a graph would leave the updater without a gradient (torch before 2.10).
+            # made without a graph left the updater without a gradient in older torch.
             with autocast(device):
                 walk = begin(batch, encoder, rnn, horizon, mine, run.gen)
             run.count(cfg.batch_size * T, layers_to_set_out)

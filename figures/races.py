@@ -44,8 +44,8 @@ RACES = {
         dmt=dict(preset="gpu", batch_size=128),
         bptt=dict(preset="gpu", recompute=28))),  # memory for 784 steps of 8 layers
 }
-# At laptop sizes: the peak rate of BPTT that goes on from SMT or DMT, at most half of what it starts
-# with elsewhere: weights are there, a large rate would destroy them.
+# At laptop sizes: the peak rate of BPTT that goes on from SMT or DMT, at most half of what it
+# starts with elsewhere: weights are there, a large rate would destroy them.
 AFTER_SMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=2.5e-3)
 AFTER_DMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=1.25e-3)
 CHEAP = dict(first=0.25, lambda_heads=1.0)  # BPTT that decodes a part, as SMT does
@@ -144,10 +144,10 @@ def race(lab: Lab) -> tuple[str, str]:
     # SMT alone, at twice the nats of all others, is in the CSV
     there = {row["method"] for row in rows} - {"smt"}
     for i, method in enumerate(m for m in style.METHODS if m in there):
-        x, y, error = zip(*((UPDATERS.index(row["rnn"]) + (i - (len(there) - 1) / 2) * 0.09,
-                             row["rollout"], row.get("over_bptt_stderr", 0))  # of the difference
-                            for row in rows if row["method"] == method))
-        axes[0].errorbar(x, y, yerr=error, ls="", **style.of(method))
+        # no bars: the error of a difference is smaller than a marker
+        axes[0].plot(*zip(*((UPDATERS.index(row["rnn"]) + (i - (len(there) - 1) / 2) * 0.09,
+                             row["rollout"]) for row in rows if row["method"] == method)),
+                     ls="", **style.of(method))
     axes[0].set(xticks=range(3), xlim=(-0.5, 3.4))
     axes[0].set_xticklabels(["Transformer", "MLP", "GRU"])
     axes[0].legend(loc="upper right")
@@ -157,7 +157,8 @@ def race(lab: Lab) -> tuple[str, str]:
 
 def compared(name: str, got: dict) -> dict:
     """A run minus both kinds of BPTT with its race, updater and seed, where they are there."""
-    (race, rnn, _), seed = name.rsplit("-", 1)[0].split("-", 2), name.rsplit("-", 1)[1]
+    run, seed = name.rsplit("-", 1)
+    race, rnn, _ = run.split("-", 2)
     return paired(got[name], got.get(f"{race}-{rnn}-bptt-{seed}")) | \
         paired(got[name], got.get(f"{race}-{rnn}-bptt-heads-{seed}"), "over_heads")
 
