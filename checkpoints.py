@@ -70,14 +70,15 @@ def demand_usable(ckpt, flags) -> None:
     """The one check of a checkpoint: whoever holds it may trust its types, sizes and numbers, and
     its config's values of `flags` (fields). Raises ValueError, or what odd values raise."""
     ckpt = ckpt if isinstance(ckpt, dict) else {}
+    # first: another version's may hold other parts
+    if type(ckpt.get("format")) is int and ckpt["format"] != FORMAT:
+        raise ValueError(f"of format {ckpt['format']}, and this version reads format {FORMAT}; "
+                         "train again")
     holds = HOLDS | (RESUMES if "newest" in ckpt else {})
     bad = [name for name, kind in holds.items() if type(ckpt.get(name)) is not kind]
     if bad or not {"dataset", "preset"} <= ckpt["config"].keys() \
             or not {"rnn", "decoder"} & ckpt.keys() or "decoder" not in ckpt and "encoder" in ckpt:
         raise ValueError(f"not a checkpoint of this project: look at its {bad or 'parts'}")
-    if ckpt["format"] != FORMAT:
-        raise ValueError(f"of format {ckpt['format']}, and this version reads format {FORMAT}; "
-                         "train again")
     c, image = ModelConfig(**ckpt["model"]), ckpt["image"]
     if bad := problem(ckpt["config"], flags) or problem(vars(c), dataclasses.fields(c)) \
             or odd_heads(c):

@@ -156,11 +156,20 @@ def objective(rnn: RNN, heads: Heads | None, walk: Walk, variance: Tensor, cfg: 
     # alone.
     read = made.detach() if cfg.detach_dec else made
     dec = predictive(rnn.readout, heads, read, when, x, y, cfg, gen, density)           # Eq. 2
-    # m_0 stays and no span makes it, but the readout moves: it must still say y_0.
-    if cfg.first and len(new := on_device((walk.t == 1).nonzero()[:, 0], x.device)):
-        start = cross_entropy(rnn.logits(walk.m[new]), y[new, 0])
-        dec["dec"] = dec["dec"] + start * len(new) / when.numel()
+    if cfg.first:
+        dec["dec"] = dec["dec"] + start_says(rnn, walk, cfg.span)
     return dict(loss=cfg.lambda_mse * mse + cfg.lambda_dec * dec["dec"], mse=mse) | dec, made
+
+
+def start_says(rnn: RNN, walk: Walk, span: int) -> Tensor:
+    """Ours: nats of y_0 said by m_0, in those spans that begin with it, as a part of the mean over
+    all updates: a scalar. m_0 stays and no span makes it, but the readout moves."""
+    new = (walk.t == 1).nonzero()[:, 0]
+    if not len(new):
+        return torch.zeros((), device=walk.x.device)
+    at, b = on_device(new, walk.x.device), on_device(walk.b[new], walk.x.device)
+    said = cross_entropy(rnn.logits(walk.m[at]), walk.y[b, 0])
+    return said * len(new) / (len(walk.b) * span)
 
 
 @torch.no_grad()

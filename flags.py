@@ -27,8 +27,9 @@ GROUPS = {  # of flags, in the order of --help
 }
 
 USELESS = (  # flags, and the value of another one with which they change nothing
-    ("rnn_layers", "rnn", "gru"), ("lambda_fut", "futures", 0),
-    ("lambda_past", "past", 0), ("lambda_heads", "heads", 0), ("heads", "lambda_heads", 0),
+    ("rnn_layers", "rnn", "gru"), ("horizon", "times", 2),
+    ("lambda_fut", "futures", 0), ("lambda_past", "past", 0),
+    ("lambda_heads", "heads", 0), ("heads", "lambda_heads", 0),
     ("futures first heads past lambda_fut lambda_past detach_dec decode_own", "lambda_dec", 0),
     *(("timestamps", "dataset", name) for name in datasets.TEXTS))
 
@@ -258,10 +259,11 @@ def refuse_nonsense(cfg) -> None:
 
 
 def demand_fits(cfg, T: int, argv) -> None:
-    """Refuse a --heads, --past or --span that somebody typed and that does not fit into T times;
-    presets are cut to them. Raises UserError naming the flag."""
-    for name, most in (("heads", T), ("past", T - 1), ("span", T - 1)):
-        if name in flags_in(argv) and getattr(cfg, name) > most:
+    """Refuse a number of times that somebody typed and that does not fit into T of them; presets
+    are cut to them. Raises UserError naming the flag."""
+    for name, most in dict(ctx_len=T, fut_len=T, heads=T, past=T - 1, times=T, horizon=T,
+                           span=T - 1, truncate=T).items():
+        if name in flags_in(argv) and getattr(cfg, name, 0) > most:
             fail(f"--{name} {getattr(cfg, name)} does not fit into sequences of {T}; give at most "
                  f"{most}")
 

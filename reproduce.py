@@ -36,7 +36,7 @@ SCRIPTS = dict(smt=smt.main, dmt=dmt.main, bptt=bptt.main, evaluate=evaluate.mai
 FIGURES = {
     "tab1": ("a step of SMT is flat in T, BPTT's grows; an RNN's token costs the same at any T",
              "steps of the shipped scripts at T = 64 to 1024 and single tokens at T = 1k to 16k, "
-             "about 5 minutes", cost.tab1),
+             "about 25 minutes", cost.tab1),
     "fig3": ("SMT → DMT beats BPTT on five synthetic tasks and all settings",
              "five tasks, three difficulties, GRU, equal minutes, BPTT at two rates, two seeds",
              tasks.fig3),
@@ -52,7 +52,7 @@ FIGURES = {
              "TinyStories, GRU and Transformer, 3 minutes for every size", text.fig8),
     "fig9": ("for a fixed loss more compute buys a smaller memory", "the logs of fig7", text.fig9),
     "fig10": ("detached SMT needs Tf = T, joint SMT solves the task with any Tf",
-              "retrieval, T = 16, the paper's SMT alone, 4,000 steps; 25 minutes",
+              "retrieval, T = 16, the paper's SMT alone, 4,000 steps; two seeds, 18 minutes",
               credit.fig10),
     "fig11": ("BPTT's gradient vanishes or explodes with the initialisation, SMT's is flat",
               "retrieval, T = 64, networks as initialised", credit.fig11),
@@ -65,7 +65,7 @@ FIGURES = {
     "fig16": ("λ_dyn and λ_unif matter little over a wide range",
               "TinyStories, GRU, SMT alone", text.fig16),
     "fig17": ("MNIST 28×28: BPTT draws streaks, SMT → DMT digits",
-              "the runs of race28, MLP and GRU; a GPU would help", pictures.fig17),
+              "the runs of race28; a GPU would help", pictures.fig17),
     "fig18": ("Sketchy, more samples", "the runs of fig5", pictures.fig18),
     "fig19": ("memories as colours follow the image", "a run of race14", inside.fig19),
     "fig20": ("the RNN completes images from growing prefixes", "a run of race14", pictures.fig20),
@@ -145,11 +145,14 @@ def make(lab: Lab, name: str) -> None:
     Stopped."""
     claim, _, function = FIGURES[name]
     lab = dataclasses.replace(lab, name=name, place=PLACES.get(name, ""), used=[],
-                              partial=function is races.race)
+                              missing=[], partial=function is races.race)
     began = time.time()
     try:
         found, verdict = function(lab)
     except (KeyError, IndexError, ValueError, TypeError):
+        if lab.missing:
+            fail(f"it cannot be drawn without {', '.join(lab.missing)}, which failed; the same "
+                 "command tries again")
         if not lab.draw:
             raise
         fail(f"{lab.out('')}: its CSV does not hold this figure's numbers; make it without --draw")
@@ -213,8 +216,8 @@ def list_all(lab: Lab) -> None:
         every |= known
         there = sum(finished(lab, job, known) for job in known.values())
         minutes = sum(job.minutes for job in known.values())
-        cost = f"{len(known)} runs of {minutes:.0f} minutes in all, {there} of them are there" \
-            if known else "no training, or that of other figures"
+        cost = f"{len(known)} runs" + f" of {minutes:.0f} minutes in all" * (minutes > 0) + \
+            f", {there} of them are there" if known else "no training, or that of other figures"
         row = came_out.get(name)
         print(f"{name:8} {claim}\n         we run: {what} ({cost})\n         came out: " +
               (f"{row['verdict']}: {row['ours']} (commit {row['commit']})" if row else

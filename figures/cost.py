@@ -20,7 +20,7 @@ WAYS = {  # name -> (script, flags, style)
     # one window of 64 tokens is read and 16 are predicted, whatever T is
     "SMT, as the paper": ("smt", dict(
         encoder="bidirectional", ctx_len=64, fut_len=16, times=2, rnn_batch=0, rnn_from=0.0,
-        decode_own=False, horizon=1, heads=0, first=0.0, futures=12), "teacher"),
+        decode_own=False, heads=0, first=0.0, futures=12), "teacher"),
     "SMT, all times": ("smt", dict(rnn_from=0.0, horizon=1), "smt"),
     "SMT, on-policy too": ("smt", dict(rnn_from=0.0), "dmt-span1"),
     "DMT": ("dmt", {}, "dmt"),
@@ -80,18 +80,28 @@ def draw_costs(rows: list[dict], kinds: list[str], path: str) -> None:
                              ("ms a step", "MiB, whole process", "layers in a row, a step")):
         for name, (_, _, method) in WAYS.items():
             at = [(r["length"], r[key]) for r in rows if r["name"] == name and key in r]
-            ax.loglog(*zip(*at), **style.of(method) | dict(label=name), base=2)
-        ax.set(ylabel=unit, title="training")
+            # dashes: of two lines that lie on each other both are seen
+            dash = {"SMT, as the paper": ":", "BPTT": "--"}.get(name, "-")
+            ax.loglog(*zip(*at), **style.of(method) | dict(label=name, ls=dash))
+        ax.set(ylabel=unit, title="training", xticks=[r["length"] for r in rows if
+                                                      r["name"] == "BPTT"])
     for ax, key, part, unit in zip(axes[1], ("ms", "ms", "mib"), (kinds[0], kinds[-1], kinds[-1]),
                                    ("ms a token", "ms a token", "MiB of state a sequence")):
         for i, name in enumerate((*UPDATERS, "KV cache")):
             at = [(r["length"], r[key]) for r in rows if (r["name"], r["part"]) == (name, part)]
             if at:
-                ax.loglog(*zip(*at), marker="osDX"[i], color=style.COLOURS[i], base=2,
+                # other colours than the methods' above
+                ax.loglog(*zip(*at), marker="osDX"[i], color=style.COLOURS[(6, 8, 9, 3)[i]],
                           label="Transformer, KV cache" if name == "KV cache" else f"RNN, {name}")
-        ax.set(ylabel=unit, xlabel="tokens before", title=part)
-    axes[0][0].legend()
-    axes[1][0].legend()
+        ax.set(ylabel=unit, xlabel="tokens before", title=part, xticks=[v for v, _ in at])
+    for ax in axes.flat:
+        style.plain_log(ax)
+        ax.set_xticks(ax.get_xticks(), labels=[f"{v:g}" if v < 1024 else f"{v / 1024:g}k"
+                                               for v in ax.get_xticks()])
+        ax.minorticks_off()
+    for ax in (axes[0][0], axes[1][0]):
+        ax.set_ylim(None, 6 * ax.get_ylim()[1])  # room for
+        ax.legend()
     style.save(fig, path)
 
 
@@ -106,7 +116,7 @@ def training_step(lab: Lab, name: str, T: int) -> dict:
     if script == "dmt":
         job.after = named("SMT, on-policy too")
     else:
-        toy = dict(d_model=16, n_heads=2) if lab.quick else {}
+        toy = dict(d_model=16, n_heads=2, ctx_len=8, fut_len=8) if lab.quick else {}
         job.flags |= dict(dataset="pydoc", length=T) | toy
     known = not lab.quick and stored(lab, job.name, "step.json")
     if known and known["job"] == asdict(job):
@@ -190,6 +200,7 @@ def fig6(lab: Lab) -> tuple[str, str]:
         jobs += both(f"text-{rnn}", f, MINUTES, dmt=LOOKS) + \
             [Job(f"text-{rnn}-bptt-0", "bptt", sum(MINUTES), f | dict(eval_every=25, seed=0))]
     jobs += races.race_jobs("race14", (0,), updaters, extra=False)
+    jobs += [job for job in races.race_jobs("race14", (0,), updaters) if "-bptt-heads-" in job.name]
 
     rows = table(lab, lambda: curves(lab, jobs, train(lab, jobs)))
     fig, axes = style.panels(3, rows=2, height=3.2, sharey="row")
@@ -198,7 +209,7 @@ def fig6(lab: Lab) -> tuple[str, str]:
         row[0].set(ylabel=unit)
         for ax, key in zip(row, ("minutes", "tokens", "layers")):
             for rnn, dash in zip(races.UPDATERS, ("-", "--", ":")):
-                for method in ("bptt", "smt", "dmt"):
+                for method in ("bptt", "bptt-heads", "smt", "dmt"):
                     at = [(r[key], r["nats"]) for r in rows
                           if (r["task"], r["rnn"], r["method"]) == (race, rnn, method)]
                     how = style.of(method)
@@ -208,7 +219,8 @@ def fig6(lab: Lab) -> tuple[str, str]:
             ax.set(xlabel={"layers": "layers in a row"}.get(key, key), yscale="log",
                    xscale="linear" if key == "minutes" else "log")
             style.plain_log(ax)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+               handlelength=4, title="SMT teaches its RNN in the second half of its minutes only")
     style.save(fig, lab.out("fig6.png"))
     return cheapest(rows)
 
@@ -218,7 +230,7 @@ def cheapest(rows: list[dict]) -> tuple[str, str]:
     told, less = [], []
     for task in dict.fromkeys(r["task"] for r in rows):
         both_ = {m: [r for r in rows if r["task"] == task and
-                     (r["method"] == "bptt") == (m == "bptt")] for m in ("bptt", "ours")}
+                     r["method"].startswith("bptt") == (m == "bptt")] for m in ("bptt", "ours")}
         level = max(min(r["nats"] for r in part) for part in both_.values())
         need = {m: min(r["layers"] for r in part if r["nats"] <= level)
                 for m, part in both_.items()}

@@ -11,7 +11,7 @@ from model import RNN, UPDATERS, Decoder, Encoder, ModelConfig
 
 # ----------------------------------------------------------------------------------------- Fig. 10
 
-T, STEPS, LOOKS = 16, 4000, (100, 200, 400, 800)
+T, STEPS, LOOKS = 16, 4000, (25, 50, 100, 150, 200, 300, 400, 800)
 # The paper's objective: transitions from the encoder's memories alone, futures alone. Networks and
 # optimiser are ours (causal encoder, timestamps, Muon, averaged weights). Small: 20 ms a step.
 PLAIN = dict(dataset="retrieval", length=T, symbols=4, rnn="mlp", rnn_layers=1, d_model=32,
@@ -59,13 +59,12 @@ def fig10(lab: Lab) -> tuple[str, str]:
         left.plot(*zip(*at), ls="", **style.of(method) | dict(label=kind))
         image = held_map(ax, kind, [r for r in rows if r["kind"] == kind and r["steps"] < STEPS])
     left.set(xscale="log", yscale="log", xlabel="Tf", ylabel="nats (0 is at 1e-9)",
-             title="the RNN alone",
-             xticks=[1, 4, T])
+             title=f"the RNN alone, {STEPS:,} steps", xticks=[1, 4, T])
     left.set_xticklabels(["1", "4", str(T)])
     left.minorticks_off()
     left.legend()
-    maps[0].set_ylabel("steps")
-    fig.colorbar(image, ax=maps, label="needle read off m_t")
+    maps[0].set_ylabel("steps of SMT")
+    fig.colorbar(image, ax=maps, label="needle read off the encoder's m_t")
     style.save(fig, lab.out("fig10.png"))
     solved = {k: max(v) < 0.1 for k, v in end.items()}
     good = ("detached", 1) in solved and all(v == (kind == "joint" or Tf == T)
@@ -183,10 +182,13 @@ def fig11(lab: Lab) -> tuple[str, str]:
                 g = [r["gradient"] for r in rows
                      if (r["rnn"], r["method"], r["scale"]) == (name, method, scale)]
                 ratio[name, method, scale] = g[0] / max(g[-1], 1e-30)
-                ax.semilogy(range(1, len(g) + 1), g, dash, color=colour,
-                            label=f"{method.upper()}, weights × {scale:g}")
-        ax.set(title=name, ylim=(1e-6, 1e6))
-    axes[0].legend(fontsize=7)
+                ax.semilogy(range(1, len(g) + 1), g, dash, color=colour)
+        ax.set(title=name, ylim=(1e-6, None))
+    lines = [axes[0].plot([], [], color=c, label=f"weights × {s:g}")[0]
+             for s, c in zip(SCALES, style.COLOURS)] + \
+        [axes[0].plot([], [], dash, color="0.4", label=name)[0]
+         for name, dash in (("BPTT", "-"), ("SMT", "--"))]
+    fig.legend(handles=lines, loc="outside lower center", ncols=6)
     style.save(fig, lab.out("fig11.png"))
     span = {m: [v for (_, k, _), v in ratio.items() if k == m] for m in ("bptt", "smt")}
     wild = {rnn for (rnn, m, _), v in ratio.items() if m == "bptt" and not 1 / 30 < v < 30}

@@ -40,8 +40,7 @@ def classes(lab: Lab, task, n: int) -> list[int]:
 
 def fig14(lab: Lab) -> tuple[str, str]:
     """Memories of three numbers. They are normalised, so they lie on a sphere: a map of it is a
-    picture in two dimensions that leaves nothing out; two numbers would leave a circle. What was
-    read grows by a symbol along every line."""
+    picture in two dimensions that leaves nothing out; two numbers would leave a circle."""
     small = dict(mem_tokens=1, mem_dim=3, rnn="mlp")
     tasks = dict(retrieval=dict(dataset="retrieval", length=16, symbols=3) | small,
                  copy=dict(dataset="copy", length=9, symbols=2) | small)
@@ -56,25 +55,8 @@ def fig14(lab: Lab) -> tuple[str, str]:
     rows = table(lab, measure)
     fig, axes = style.panels(2, height=4.4)
     for ax, what in zip(axes, tasks):
-        mine = [row for row in rows if row["task"] == what]
-        places = sphere_map([(row["longitude"], row["latitude"]) for row in mine])
-        of = {}
-        for row, place in zip(mine, places):
-            of.setdefault(str(row["read"]), []).append(place)
-        middle = {read: np.mean(at, axis=0) for read, at in of.items()}
-        for read, at in of.items():
-            if what == "copy" and read[:-1] in middle:
-                ax.plot(*zip(middle[read[:-1]], middle[read]), color="0.7", lw=1, zorder=0)
-        for i, read in enumerate(sorted(of, key=lambda read: (len(read), read))):
-            # of a string the first two symbols: more colours nobody could tell apart
-            colour = sorted({r[:2] for r in of}).index(read[:2]) if what == "copy" else i
-            ax.scatter(*zip(*of[read]), s=12, color=style.COLOURS[colour], alpha=0.5, lw=0)
-            if what == "retrieval" or len(read) < 3:  # the others follow the lines
-                ax.annotate(read, middle[read], textcoords="offset points", xytext=(5, 4),
-                            fontsize=9)
+        draw_states(ax, [row for row in rows if row["task"] == what])
         ax.set_title(f"{what}: what the RNN has read", y=0.97)
-        ax.set_aspect("equal", adjustable="datalim")
-        ax.axis("off")
     style.save(fig, lab.out("fig14.png"))
     loss = {row["task"]: row["excess"] for row in rows}
     counts = {what: states(rows, what) for what in loss}
@@ -85,6 +67,33 @@ def fig14(lab: Lab) -> tuple[str, str]:
                     for k, e in loss.items()), "agrees" if good else "open"
 
 
+def draw_states(ax, rows: list[dict]) -> None:
+    """Memories as points, a colour for what was read, and an arrow wherever an update changed
+    that: the automaton, or the tree, that the RNN has become."""
+    places = sphere_map([(row["longitude"], row["latitude"]) for row in rows])
+    of, steps = {}, set()
+    for row, place in zip(rows, places):
+        of.setdefault(row["read"], []).append(place)
+    for a, b in zip(rows, rows[1:]):
+        if b["t"] == a["t"] + 1 and a["read"] != b["read"]:
+            steps.add((a["read"], b["read"]))
+    middle = {read: np.mean(at, axis=0) for read, at in of.items()}
+    first = sorted({read[0] for read in of if read not in NOTHING})
+    colour = lambda read: "0.4" if read in NOTHING else style.COLOURS[first.index(read[0])]
+    deep = lambda read: 0 if read in NOTHING else len(read)
+    for a, b in sorted(steps):
+        ax.annotate("", middle[b], middle[a], zorder=0, arrowprops=dict(
+            arrowstyle="-|>", color=colour(b), lw=2.4 / deep(b), alpha=0.5, shrinkA=2, shrinkB=2))
+    for read, at in of.items():
+        ax.scatter(*zip(*at), s=36 / (1 + deep(read)), color=colour(read), alpha=0.6, lw=0)
+        if deep(read) < 3:  # the others follow the arrows
+            ax.annotate(read, middle[read], textcoords="offset points", xytext=(6, 5), fontsize=9,
+                        bbox=dict(color="white", alpha=0.7, pad=0.5))
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.axis("off")
+
+
+NOTHING = "no needle", "nothing"
 # How many states there are depends on what counts as two: several distances, not the best one.
 APART = 0.05, 0.1, 0.2, 0.3
 
@@ -116,12 +125,12 @@ def small_memories(lab: Lab, what: str, name: str):
     m = rnn.memories(x)[:, :, 0] / math.sqrt(3)                                 # (n, T, 3)
     half = task.T // 2
     for i in range(len(x)):
-        for t in range(1, task.T - 1 if what == "retrieval" else half + 1):
+        for t in range(1, task.T - 1) if what == "retrieval" else range(half + 1):
             if what == "retrieval":
                 marker = (x[i, :t] == task.bos - 1).nonzero()
                 read = "abcdefgh"[x[i, marker[0, 0] + 1]] if len(marker) else "no needle"
             else:
-                read = "".join("abcdefgh"[v] for v in x[i, 1:t + 1])
+                read = "".join("abcdefgh"[v] for v in x[i, 1:t + 1]) or NOTHING[1]
             a, b, c = m[i, t].tolist()
             yield dict(task=what, t=t, read=read, longitude=math.atan2(b, a),
                        latitude=math.asin(max(-1.0, min(1.0, c))), excess=excess)
@@ -166,13 +175,15 @@ def fig19(lab: Lab) -> tuple[str, str]:
         axes[1][i].imshow(colours)
         for ax in axes[:, i]:
             ax.axis("off")
-    fig.suptitle("test images, and the RNN's memory after each of their pixels", fontsize=10)
+    fig.suptitle("test images, and the RNN's memory after each of their pixels: three principal "
+                 "components are red, green and blue", fontsize=9)
     style.save(fig, lab.out("fig19.png"))
     return f"three components hold {rows[0]['share']:.0%} of the variance of the memories", "open"
 
 
 def fig21(lab: Lab) -> tuple[str, str]:
-    """Trajectories of the memory of a few digits, on two principal components."""
+    """Trajectories of the memory of a few digits, after every row of pixels, on two principal
+    components."""
     n = 2 if lab.quick else 6
 
     def measure():
@@ -185,20 +196,25 @@ def fig21(lab: Lab) -> tuple[str, str]:
 
     rows = table(lab, measure)
     fig, axes = style.panels(1, "first principal component", "second", height=4.2)
+    side = math.isqrt(1 + rows[-1]["t"])
     for i in range(1 + rows[-1]["image"]):
         mine = [row for row in rows if row["image"] == i]
-        at = [(row["first"], row["second"]) for row in mine]
-        axes[0].plot(*zip(*at), lw=1, color=style.COLOURS[i], label=f"a {mine[0]['digit']}")
+        # from pixel to pixel they run to and fro, as all do in a row; from row to row they part
+        at = [(row["first"], row["second"]) for row in mine if (row["t"] + 1) % side == 0]
+        axes[0].plot(*zip(*at), ".-", lw=1.2, color=style.COLOURS[i])
         axes[0].plot(*at[0], "o", color="k")
-        axes[0].plot(*at[-1], "X", color=style.COLOURS[i])
-    axes[0].legend(title="from ● to ✕")
+        axes[0].text(*at[-1], mine[0]["digit"], fontsize=13, weight="bold",
+                     color=style.COLOURS[i], ha="center", va="center",
+                     bbox=dict(color="white", alpha=0.8, pad=1))
+    axes[0].set_title("the memory after each row of a picture, from ● to the digit that it was",
+                      fontsize=10)
     style.save(fig, lab.out("fig21.png"))
     return f"two components hold {rows[0]['share']:.0%} of the variance", "open"
 
 
-def by_class(lab: Lab, way) -> tuple[str, str]:
-    """Final memories in two dimensions, a colour for each digit; is the nearest neighbour of the
-    same class? way (N, D) -> (N, 2)."""
+def by_class(lab: Lab, axis: str, way) -> tuple[str, str]:
+    """Final memories in two dimensions, every one drawn as the digit that it has read; is the
+    nearest neighbour of the same class? way (N, D) -> (N, 2)."""
     def measure():
         n = 20 if lab.quick else 1000
         task, x, m = digit_memories(lab, n)
@@ -209,13 +225,13 @@ def by_class(lab: Lab, way) -> tuple[str, str]:
             yield dict(digit=digit, first=a, second=b, right=int(right))
 
     rows = table(lab, measure)
-    fig, axes = style.panels(1, "", "", height=4.6)
+    fig, axes = style.panels(1, f"{axis} 1", f"{axis} 2", height=4.6)
     for digit in range(10):
         at = [(row["first"], row["second"]) for row in rows if row["digit"] == digit]
         if at:
-            axes[0].scatter(*zip(*at), s=11, color=style.COLOURS[digit], label=str(digit))
+            axes[0].scatter(*zip(*at), s=26, lw=0, marker=f"${digit}$",
+                            color="#B8A000" if digit == 7 else style.COLOURS[digit])
     axes[0].set(xticks=[], yticks=[])
-    axes[0].legend(title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
     style.save(fig, lab.out(f"{lab.name}.png"))
     share = sum(row["right"] for row in rows) / len(rows)
     return f"{share:.0%} of the points have a nearest neighbour of their class (chance 10 %)", \
@@ -229,8 +245,8 @@ def same_class(m: torch.Tensor, digits: torch.Tensor) -> list[bool]:
 
 
 def fig22(lab: Lab) -> tuple[str, str]:
-    return by_class(lab, lambda m: pca(m, 2)[0])
+    return by_class(lab, "principal component", lambda m: pca(m, 2)[0])
 
 
 def fig23(lab: Lab) -> tuple[str, str]:
-    return by_class(lab, lambda m: tsne(m, steps=20 if lab.quick else 500))
+    return by_class(lab, "t-SNE", lambda m: tsne(m, steps=20 if lab.quick else 500))

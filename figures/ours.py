@@ -200,7 +200,10 @@ def clock(lab: Lab) -> tuple[str, str]:
         for method in ("smt", "dmt", "bptt"):
             at = [(told.index(r["timestamps"]), r["nats"]) for r in rows
                   if (r["rnn"], r["method"]) == (rnn, method)]
-            ax.plot(*zip(*at), **style.of(method) | dict(ls="")) if at else None
+            if at and method != "smt":  # SMT alone is far above: in the CSV
+                aside = 0.08 if method == "dmt" else -0.08
+                ax.plot(*zip(*((i + aside, nats) for i, nats in at)),
+                        **style.of(method) | dict(ls=""))
             for i, nats in at:
                 means.setdefault((method, told[i]), []).append(nats)
         ax.set(title=rnn, xticks=range(3), xlim=(-0.4, 2.4))
@@ -230,8 +233,9 @@ def records(lab: Lab) -> tuple[str, str]:
         for r in read_csv(source):
             if r["method"] in ("bptt", "bptt-heads", "dmt", "smt+bptt",
                                "smt+dmt+bptt"):
-                yield dict(name=f"{style.METHODS[r['method']][0]}, {r['rnn']}", nats=r["rollout"],
-                           stderr=r.get("stderr", 0.0), n=r["n"], minutes=r["minutes"])
+                yield dict(name=f"{style.METHODS[r['method']][0]}, {r['rnn']}",
+                           nats=r["test_rollout"], stderr=r["test_stderr"], n=r["test_n"],
+                           minutes=r["minutes"])
         for name, nats in LADDER.items():
             yield dict(name=name, nats=nats, stderr=0.0)
 
@@ -241,9 +245,10 @@ def records(lab: Lab) -> tuple[str, str]:
         axes[0].errorbar(r["nats"], i, xerr=r["stderr"], marker="o", capsize=2,
                          color=style.COLOURS[0] if "n" in r else "0.5")
         axes[0].text(r["nats"] + r["stderr"], i, f"   {r['nats']:.1f}", va="center", fontsize=8)
+    axes[0].margins(x=0.12)  # for the numbers
     axes[0].set_yticks(range(len(rows)), labels=[r["name"] for r in rows])
-    axes[0].set_title("28×28 MNIST: ours (blue; validation, our own Bernoulli draw) and "
-                      "published (grey; test)", fontsize=9)
+    axes[0].set_title("28×28 MNIST, test images: ours (blue; our own Bernoulli draw) and published "
+                      "(grey)", fontsize=9)
     style.save(fig, lab.out("records.png"))
     best = min((r for r in rows if "n" in r), key=lambda r: r["nats"])
     return f"{best['name']}: {best['nats']:.1f} ± {best['stderr']:.1f} nats in " \

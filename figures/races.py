@@ -148,9 +148,9 @@ def race(lab: Lab) -> tuple[str, str]:
         axes[0].plot(*zip(*((UPDATERS.index(row["rnn"]) + (i - (len(there) - 1) / 2) * 0.09,
                              row["rollout"]) for row in rows if row["method"] == method)),
                      ls="", **style.of(method))
-    axes[0].set(xticks=range(3), xlim=(-0.5, 3.4))
+    axes[0].set(xticks=range(3), xlim=(-0.55, 2.55))
     axes[0].set_xticklabels(["Transformer", "MLP", "GRU"])
-    axes[0].legend(loc="upper right")
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     style.save(fig, lab.out(f"{lab.name}.png"))
     return verdict(rows)
 

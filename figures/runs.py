@@ -65,6 +65,7 @@ class Lab:
     partial: bool = False      # the figure at hand may be drawn from some of its runs
     stop_at: float = float("inf")
     used: list = field(default_factory=list)
+    missing: list = field(default_factory=list)  # runs of the figure at hand that have failed
 
     def few(self, values, n: int = 1) -> list:
         """All of them, or with --quick the first n."""
@@ -210,6 +211,7 @@ def train(lab: Lab, jobs: list[Job]) -> list[str]:
     work(lab, todo, start, end)
     done = [job for job in every if finished(lab, job, known)]
     lab.used = [*{job.name: job for job in [*lab.used, *done]}.values()]
+    lab.missing += [job.name for job in jobs if job not in done]
     if jobs and not done:
         fail(f"{lab.name}: none of its runs has finished; their last words are in "
              f"{os.path.join(lab.runs, '*', 'out.txt')}")
@@ -350,7 +352,7 @@ def curves(lab: Lab, jobs: list[Job], done: list[str]):
     those that it goes on from."""
     named = {job.name: job for job in jobs}
     for job in (job for job in jobs if job.name in done):
-        task, rnn, method, _ = job.name.split("-")
+        task, rnn, method = job.name.rsplit("-", 1)[0].split("-", 2)
         before, earlier = dict(seconds=0, tokens=0, layers=0), job.after
         while earlier:
             before = {k: v + log(lab, earlier)[-1][k] for k, v in before.items()}

@@ -25,7 +25,7 @@ METHODS = {
     "dmt-mse0": ("SMT → DMT, no Eq. 6", "#CC79A7", "P"),
     "dmt-past0": ("SMT → DMT, no past", "#882255", "<"),
     "truncated": ("BPTT, truncated", "#E69F00", "X"),
-    "smt+truncated": ("SMT → BPTT, truncated", "#F0E442", "h"),
+    "smt+truncated": ("SMT → BPTT, truncated", "#44AA99", "h"),
     "smt+bptt": ("SMT → BPTT", "#000000", "*"),
     "smt+dmt+bptt": ("SMT → DMT → BPTT", "#332288", "p"),
 }
@@ -70,9 +70,10 @@ def pictures(ax, images: np.ndarray, columns: int, title: str = "") -> None:
 
 
 def plain_log(ax) -> None:
-    """1, 2, 5, 10 .. on a logarithmic y axis, which may span less than a power of ten; no numbers
-    between the powers on x."""
-    ax.yaxis.set_major_locator(ticker.LogLocator(10, subs=(1, 2, 5)))
+    """1, 2, 5, 10 .. on a logarithmic y axis, which may span less than a power of ten, or 1, 10,
+    100 .. where it spans many; no numbers between the powers on x."""
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(ticker.LogLocator(10, subs=(1, 2, 5) if high < 2000 * low else (1,)))
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_minor_formatter(ticker.NullFormatter())

@@ -1,4 +1,6 @@
 """Figures 7, 8, 9, 12 and 16: TinyStories, in windows of 128 bytes. Runs are shared, one seed."""
+import math
+
 from figures import style
 from figures.runs import Job, Lab, both, log, scores, table, train
 
@@ -63,6 +65,9 @@ def sizes(lab: Lab, panels: tuple[str, str]) -> tuple[str, str]:
         told.append(f"{panel} {mine[0]['value']} to {mine[-1]['value']}: "
                     f"{mine[0]['rollout']:.3f} to {mine[-1]['rollout']:.3f}, "
                     f"best at {best['value']}: {best['rollout']:.3f}")
+        if panel in ("width", "depth"):
+            told[-1] += ", the teacher's less {:.3f} to {:.3f}".format(
+                *(mine[i]["teacher"] - mine[i]["rollout"] for i in (0, -1)))
         better.append(best is mine[-1])
     axes[1].legend()
     style.save(fig, lab.out(f"{lab.name}.png"))
@@ -101,14 +106,15 @@ def fig9(lab: Lab) -> tuple[str, str]:
         mine = [r for r in rows if r["numbers"] == n]
         axes[0].plot([r["minutes"] for r in mine], [r["nats"] for r in mine], ".-", color=colour,
                      label=f"{n} numbers")
-    axes[0].legend(title="memory")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     smaller = []
-    for k, colour in zip(range(3), style.COLOURS):  # three losses that the largest memory reaches
+    axes[0].set_ylim(None, 2 * max(end.values()))  # SMT's RNN begins far above
+    for k, line in zip(range(3), ("o-", "s--", "D:")):  # three losses that the largest one reaches
         level = max(end.values()) - k * (max(end.values()) - min(end.values())) / 2.5
         first = {n: min((r["minutes"] for r in rows if r["numbers"] == n and r["nats"] <= level),
                         default=None) for n in end}
         at = [(n, v) for n, v in first.items() if v is not None]
-        axes[1].plot(*zip(*at), "o-", color=colour, label=f"{level:.2f} nats")
+        axes[1].plot(*zip(*at), line, color="0.3", label=f"{level:.2f} nats")
         smaller += [a[1] > b[1] for a, b in zip(at, at[1:])]
     axes[1].set(xlabel="numbers in the memory", ylabel="minutes to this loss", xscale="log")
     axes[1].legend()
@@ -190,8 +196,9 @@ def fig16(lab: Lab) -> tuple[str, str]:
     dyns, unifs = (sorted({r[k] for r in rows}) for k in ("dyn", "unif"))
     for ax, key in zip(axes, ("rollout", "teacher")):
         at = {(r["dyn"], r["unif"]): r[key] for r in rows}
-        ax.imshow([[at.get((d, u), float("nan")) for d in dyns] for u in unifs],
-                  cmap=style.MAP, aspect="auto")
+        best = min(at.values())
+        image = ax.imshow([[100 * (at.get((d, u), math.nan) / best - 1) for d in dyns]
+                           for u in unifs], cmap=style.MAP, aspect="auto", vmin=0, vmax=10)
         for (d, u), v in at.items():
             ax.text(dyns.index(d), unifs.index(u), f"{v:.3f}", ha="center", va="center",
                     fontsize=8, bbox=dict(color="white", alpha=0.7, pad=1))
@@ -199,6 +206,7 @@ def fig16(lab: Lab) -> tuple[str, str]:
         ax.set_xticklabels(f"{d:g}" for d in dyns)
         ax.set_yticklabels(f"{u:g}" for u in unifs)
         ax.grid(False)
+    fig.colorbar(image, ax=axes, label="% above the best", extend="max")
     style.save(fig, lab.out("fig16.png"))
     best = min(rows, key=lambda r: r["rollout"])
     worst = max(r["rollout"] for r in rows)

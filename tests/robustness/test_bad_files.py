@@ -127,7 +127,7 @@ def test_a_run_of_an_older_version_is_not_resumed_with_new_defaults(flag, comman
 
 def test_an_older_format_says_so(command, tiny_smt, tmp_path):
     """Not that it is no checkpoint, but that it is one of a version whose networks were others."""
-    (tmp_path / "old.pt").write_bytes(changed(tiny_smt.read_bytes(), format=1))
+    (tmp_path / "old.pt").write_bytes(changed(tiny_smt.read_bytes(), format=1, kept=GONE))
     code, _, err = command(f"evaluate.py --ckpt {tmp_path}/old.pt")
     assert code == 2 and err.count("\n") == 1, err
     assert "format 1" in err and f"format {checkpoints.FORMAT}" in err and "train again" in err
