@@ -27,7 +27,7 @@ import evaluate
 import flags
 import smt
 from figures import cost, credit, inside, ours, pictures, races, tasks, text
-from figures.runs import (Lab, Planned, Stopped, commit, finished, read_csv, say, stored,
+from figures.runs import (Lab, Planned, Stopped, commit, finished, log, read_csv, say, stored,
                           write_csv)
 from sources.files import UserError, written_whole
 
@@ -47,9 +47,11 @@ FIGURES = {
     "fig6": ("SMT needs far fewer layers in a row than BPTT for the same loss",
              "logs of race14 and of the same on TinyStories", cost.fig6),
     "fig7": ("the RNN gains smoothly with Tc and with the size of its memory",
-             "TinyStories, GRU, windows of 128 bytes, 3 minutes for every size", text.fig7),
+             "TinyStories, GRU, windows of 128 bytes, 600 + 800 steps for every size; 25 minutes",
+             text.fig7),
     "fig8": ("it gains smoothly with width and depth, and follows its teacher more closely",
-             "TinyStories, GRU and Transformer, 3 minutes for every size", text.fig8),
+             "TinyStories, GRU and Transformer, 600 + 800 steps for every size; 28 minutes",
+             text.fig8),
     "fig9": ("for a fixed loss more compute buys a smaller memory", "the logs of fig7", text.fig9),
     "fig10": ("detached SMT needs Tf = T, joint SMT solves the task with any Tf",
               "retrieval, T = 16, the paper's SMT alone, 4,000 steps; two seeds, 18 minutes",
@@ -171,7 +173,8 @@ def make(lab: Lab, name: str) -> None:
 
 def cost_of(lab: Lab, began: float) -> dict:
     """Minutes, seeds and commits of the runs that a figure used."""
-    minutes = sum(job.minutes for job in lab.used) or (time.time() - began) / 60
+    minutes = sum(job.minutes or log(lab, job.name)[-1]["seconds"] / 60 for job in lab.used) or \
+        (time.time() - began) / 60
     seeds = sorted({job.flags.get("seed", 0) for job in lab.used} or {0})
     commits = sorted({stored(lab, job.name, "finished.json")["commit"] for job in lab.used})
     return dict(minutes=round(minutes, 1), seeds=" ".join(map(str, seeds)),

@@ -329,11 +329,13 @@ def last_line(path: str) -> str:
 
 
 def progress(lab: Lab, jobs: list[Job], waiting: list[Job], running: dict) -> str:
-    """One line: how many runs are done, and minutes left if the cores are ours alone."""
+    """One line: how many runs are done, and minutes left if the cores are ours alone; of runs that
+    are counted in steps nobody knows."""
     left = sum(job.minutes for job in waiting) + sum(
         max(0.0, job.minutes - (time.time() - since) / 60) for job, _, _, since in running.values())
-    return f"{lab.name} | {len(jobs) - len(waiting) - len(running)} of {len(jobs)} done, " \
-        f"about {left / lab.together:.0f} minutes left | now {', '.join(running)}"
+    about = f", about {left / lab.together:.0f} minutes left" if left else ""
+    return f"{lab.name} | {len(jobs) - len(waiting) - len(running)} of {len(jobs)} done{about} | " \
+        f"now {', '.join(running)}"
 
 
 def say(line: str) -> None:

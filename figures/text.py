@@ -7,10 +7,10 @@ from figures.runs import Job, Lab, both, log, scores, table, train
 LOOKS = dict(n_val=50, eval_every=100)
 TEXT = dict(dataset="tinystories", rnn="gru") | LOOKS
 MINUTES = (1.2, 1.8)       # SMT, DMT; BPTT has both
-BASE = "text-gru"          # also a run of figure 6: K = 4, d = 64, two layers, the whole window
+STEPS = (600, 800)         # for every size the same, as in the paper: small ones take less time
 SIZES = {                  # panel -> (what is changed, values, the preset's own among them)
     "context": ("ctx_len", (8, 16, 32, 64), 128),
-    "memory": ("numbers", (4, 16, 64, 128, 512, 1024), 256),
+    "memory": ("numbers", (4, 16, 64, 128, 512), 256),
     "width": ("d_model", (32, 128), 64),
     "depth": ("rnn_layers", (1, 4), 2),
 }
@@ -18,20 +18,25 @@ LAYERS = "enc_layers", "dec_layers", "rnn_layers"
 
 
 def runs_of(lab: Lab, panel: str) -> dict:
-    """value -> SMT and DMT jobs, sorted by value."""
+    """value -> SMT and DMT jobs, sorted by value. K = 4, d = 64, two layers and the whole window
+    are common to all panels."""
     flag, values, usual = SIZES[panel]
-    jobs = {usual: both(BASE, TEXT, MINUTES, dmt=LOOKS)}
-    for value in lab.few(values):
+    jobs = {usual: steps_of("text-base", {})} if panel != "depth" else {}
+    for value in [*lab.few(values), *([usual] if panel == "depth" else [])]:
         changed = dict.fromkeys(LAYERS, value) if panel == "depth" else {flag: value}
         if panel == "memory":  # K tokens of 64 numbers, or one that is smaller
             changed = dict(mem_tokens=value // 64) if value > 63 else \
                 dict(mem_tokens=1, mem_dim=value)
         # a GRU has one layer whatever it is told: depth is a question to the Transformer updater
         changed |= dict(rnn="transformer") if panel == "depth" else {}
-        jobs[value] = both(f"text-{panel}-{value}", TEXT | changed, MINUTES, dmt=LOOKS)
-    if panel == "depth":
-        jobs[usual] = both("text-transformer", TEXT | dict(rnn="transformer"), MINUTES, dmt=LOOKS)
+        jobs[value] = steps_of(f"text-{panel}-{value}", changed)
     return dict(sorted(jobs.items()))
+
+
+def steps_of(name: str, changed: dict) -> list[Job]:
+    """SMT and DMT of STEPS."""
+    smt, dmt = STEPS
+    return both(name, TEXT | changed | dict(steps=smt), (0, 0), dmt=LOOKS | dict(steps=dmt))
 
 
 def sizes(lab: Lab, panels: tuple[str, str]) -> tuple[str, str]:
