@@ -7,9 +7,9 @@
 Besides BPTT, as everyone has it, and SMT -> DMT: BPTT that decodes a quarter of the outputs and has
 linear heads guess the next targets, as SMT does; BPTT after SMT; that faster BPTT for the second
 half after SMT -> DMT; on the first seed DMT that crosses one update (--span 1, our loss), and with
-the GRU what could explain a result: DMT without labels (--lambda_mse 0) and without recalling the
-past (--lambda_past 0), BPTT whose gradient crosses no more than DMT's does (--truncate) from
-scratch and after SMT. What starts from another run has the minutes that are left. Figures 4, 6 and
+the GRU what could explain a result: DMT without labels (--lambda_mse 0), that without SMT before
+it, DMT without recalling the past (--lambda_past 0), BPTT whose gradient crosses no more than DMT's
+does (--truncate) from scratch and after SMT. What starts from another run has the minutes that are left. Figures 4, 6 and
 17 use these runs.
 """
 import math
@@ -50,7 +50,7 @@ AFTER_SMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=2.5e-3)
 AFTER_DMT = dict(transformer=1.2e-3, mlp=1.2e-3, gru=1.25e-3)
 CHEAP = dict(first=0.25, lambda_heads=1.0)  # BPTT that decodes a part, as SMT does
 EXPLAINED = "gru"  # the updater whose first seed has these
-EXTRA = "dmt-span1", "dmt-mse0", "dmt-past0", "truncated", "smt+truncated"
+EXTRA = "dmt-span1", "dmt-mse0", "dmt-past0", "truncated", "smt+truncated", "new", "walk"
 # method -> its script, the run it starts from, its part of the minutes
 METHODS = {
     "bptt": ("bptt", "", 1.0),
@@ -61,6 +61,8 @@ METHODS = {
     "dmt-span1": ("dmt", "smt", 1 - SMT_SHARE),
     "dmt-mse0": ("dmt", "smt", 1 - SMT_SHARE),
     "dmt-past0": ("dmt", "smt", 1 - SMT_SHARE),
+    "new": ("smt", "", 0.0),  # one step of SMT: networks as they are drawn
+    "walk": ("dmt", "new", 1.0),
     "smt+bptt": ("bptt", "smt", 1 - SMT_SHARE),
     "smt+truncated": ("bptt", "smt", 1 - SMT_SHARE),
     "half": ("dmt", "smt", 0.5 - SMT_SHARE),  # DMT that ends early, so that ..
@@ -94,6 +96,7 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     own = {"bptt-heads": cheap, "smt+dmt+bptt": cheap,
            # as many updates a step, however long a span is
            "dmt-span1": dict(span=1, batch_size=usual["batch_size"] * r["span"]),
+           "new": dict(steps=1), "walk": dict(lambda_mse=0.0),
            "dmt-mse0": dict(lambda_mse=0.0), "dmt-past0": dict(lambda_past=0.0),
            "truncated": dict(truncate=r["span"]),
            "smt+truncated": dict(truncate=r["span"])}.get(method, {})
@@ -123,7 +126,7 @@ def race(lab: Lab) -> tuple[str, str]:
         got = scores(lab, done, r["n_val"], "val")
         test = scores(lab, done, r["n_test"]) if "n_test" in r else {}
         for job in jobs:
-            if job.name not in got:
+            if job.name not in got or "-new-" in job.name:
                 continue
             s, last = got[job.name], log(lab, job.name)[-1]
             _, rnn, method = job.name.rsplit("-", 1)[0].split("-", 2)
@@ -132,7 +135,7 @@ def race(lab: Lab) -> tuple[str, str]:
                         lab.out(f"{lab.name}-{rnn}-{method}-{seed}.csv"))
             yield dict(rnn=rnn, method=method, seed=seed,
                        minutes=r["minutes"] * (SMT_SHARE if method == "smt" else 1),
-                       smt_minutes=r["minutes"] * SMT_SHARE if job.after or method == "smt" else 0,
+                       smt_minutes=r["minutes"] * SMT_SHARE * ("smt" in job.name + job.after),
                        steps=last["step"], tokens=last["tokens"], layers=last["layers"]) | \
                 {k: s[k] for k in ("n", "teacher", "one_step", "rollout", "stderr", "drift",
                                    "one_step_drift", "kl", "variance")} | \

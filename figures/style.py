@@ -23,6 +23,7 @@ METHODS = {
     "dmt-span1": ("SMT → DMT, span 1", "#009E73", "v"),
     "dmt-papers": ("SMT → DMT, the paper's", "#009E73", "v"),
     "dmt-mse0": ("SMT → DMT, no Eq. 6", "#CC79A7", "P"),
+    "walk": ("DMT alone, no Eq. 6", "#661100", "d"),
     "dmt-past0": ("SMT → DMT, no past", "#882255", "<"),
     "truncated": ("BPTT, truncated", "#E69F00", "X"),
     "smt+truncated": ("SMT → BPTT, truncated", "#44AA99", "h"),
