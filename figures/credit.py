@@ -38,17 +38,7 @@ def fig10(lab: Lab) -> tuple[str, str]:
             for Tf in lab.few((1, 4, T), 2)]
     jobs += [credit_job(kind, 1, n, seeds[0]) for kind in KINDS for n in lab.few(LOOKS, 2)]
 
-    def measure():
-        got = scores(lab, train(lab, jobs), 1000)
-        for job in jobs:
-            if s := got.get(job.name):
-                _, kind, Tf, steps, seed = job.name.split("-")
-                held = dict(enumerate(needle_held(lab, job.name)))
-                yield dict(kind=kind, Tf=int(Tf), steps=int(steps), seed=int(seed)) | \
-                    {k: s[k] for k in ("teacher", "one_step", "rollout", "drift")} | \
-                    {f"held_{t}": v for t, v in held.items()}
-
-    rows = table(lab, measure)
+    rows = table(lab, lambda: credit_rows(lab, jobs))
     fig, (left, *maps) = style.panels(3, height=3.4)
     end = {}  # (kind, Tf) -> nats of each seed
     for r in rows:
@@ -56,7 +46,7 @@ def fig10(lab: Lab) -> tuple[str, str]:
             end.setdefault((r["kind"], r["Tf"]), []).append(r["rollout"])
     for ax, (kind, method) in zip(maps, KINDS.items()):
         at = [(Tf, max(v, 1e-9)) for (k, Tf), of in end.items() if k == kind for v in of]
-        left.plot(*zip(*at), ls="", **style.of(method) | dict(label=kind))
+        left.plot(*zip(*at), ls="", **style.of(method) | dict(label=kind))  # of every seed
         image = held_map(ax, kind, [r for r in rows if r["kind"] == kind and r["steps"] < STEPS])
     left.set(xscale="log", yscale="log", xlabel="Tf", ylabel="nats (0 is at 1e-9)",
              title=f"the RNN alone, {STEPS:,} steps", xticks=[1, 4, T])
@@ -73,6 +63,18 @@ def fig10(lab: Lab) -> tuple[str, str]:
         f"{kind} Tf = {Tf} " + " and ".join(f"{v:.2g}" for v in of)
         for (kind, Tf), of in end.items()), \
         "agrees" if good else "disagrees" if not solved["joint", 1] else "open"
+
+
+def credit_rows(lab: Lab, jobs: list[Job]):
+    """CSV rows: nats of a run, and what its encoder's memory holds at every time."""
+    got = scores(lab, train(lab, jobs), 1000)
+    for job in jobs:
+        if s := got.get(job.name):
+            _, kind, Tf, steps, seed = job.name.split("-")
+            held = dict(enumerate(needle_held(lab, job.name)))
+            yield dict(kind=kind, Tf=int(Tf), steps=int(steps), seed=int(seed)) | \
+                {k: s[k] for k in ("teacher", "one_step", "rollout", "drift")} | \
+                {f"held_{t}": v for t, v in held.items()}
 
 
 def held_map(ax, kind: str, rows: list[dict]):
@@ -173,7 +175,18 @@ def fig11(lab: Lab) -> tuple[str, str]:
                     for t, v in enumerate(g, 1):
                         yield dict(rnn=name, method=method, scale=scale, t=t, gradient=v)
 
-    rows = table(lab, measure)
+    ratio = draw_gradients(table(lab, measure), lab.out("fig11.png"))
+    span = {m: [v for (_, k, _), v in ratio.items() if k == m] for m in ("bptt", "smt")}
+    wild = {rnn for (rnn, m, _), v in ratio.items() if m == "bptt" and not 1 / 30 < v < 30}
+    flat = max(span["smt"]) < 30 and min(span["smt"]) > 1 / 30
+    return "gradient at m_1 over that at m_T: " + ", ".join(
+        f"{m.upper()} {min(v):.2g} to {max(v):.2g}" for m, v in span.items()) + \
+        f"; BPTT's vanishes or explodes with {len(wild)} of {len(UPDATERS)} updaters", \
+        "agrees" if flat and len(wild) == len(UPDATERS) else "open"
+
+
+def draw_gradients(rows: list[dict], path: str) -> dict:
+    """A panel for each updater -> (updater, method, scale) -> gradient at m_1 over that at m_T."""
     fig, axes = style.panels(3, "t", "|∂L/∂m_t|", sharey=True)
     ratio = {}
     for ax, name in zip(axes, UPDATERS):
@@ -189,11 +202,5 @@ def fig11(lab: Lab) -> tuple[str, str]:
         [axes[0].plot([], [], dash, color="0.4", label=name)[0]
          for name, dash in (("BPTT", "-"), ("SMT", "--"))]
     fig.legend(handles=lines, loc="outside lower center", ncols=6)
-    style.save(fig, lab.out("fig11.png"))
-    span = {m: [v for (_, k, _), v in ratio.items() if k == m] for m in ("bptt", "smt")}
-    wild = {rnn for (rnn, m, _), v in ratio.items() if m == "bptt" and not 1 / 30 < v < 30}
-    flat = max(span["smt"]) < 30 and min(span["smt"]) > 1 / 30
-    return "gradient at m_1 over that at m_T: " + ", ".join(
-        f"{m.upper()} {min(v):.2g} to {max(v):.2g}" for m, v in span.items()) + \
-        f"; BPTT's vanishes or explodes with {len(wild)} of {len(UPDATERS)} updaters", \
-        "agrees" if flat and len(wild) == len(UPDATERS) else "open"
+    style.save(fig, path)
+    return ratio

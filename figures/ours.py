@@ -142,6 +142,20 @@ def pretrain(lab: Lab) -> tuple[str, str]:
     best = {}  # of two rates
     for r in sorted(table(lab, measure), key=lambda r: -r["nats"]):
         best[r["task"], r["rnn"], r["seed"], r["method"]] = r
+    draw_pretrained(best, lab.out("pretrain.png"))
+    told, won = [], []
+    for method, alone in PRETRAINED.items():
+        pairs = [(r["nats"], best[(*cell, alone)]["nats"]) for (*cell, how), r in best.items()
+                 if how == method and (*cell, alone) in best]
+        if pairs:
+            won.append(sum(a < b for a, b in pairs) / len(pairs))
+            told.append(f"{style.METHODS[method][0]} is better than {style.METHODS[alone][0]} in "
+                        f"{sum(a < b for a, b in pairs)} of {len(pairs)} cells")
+    return ", ".join(told), "agrees" if min(won) == 1 else "open" if max(won) > 0.5 else "disagrees"
+
+
+def draw_pretrained(best: dict, path: str) -> None:
+    """(task, updater, seed, method) -> row: MNIST on the left, permutation on the right."""
     fig, axes = style.panels(2, y="nats per validation image", height=3.4, width_ratios=(3, 1))
     for i, ax in enumerate(axes):
         for k, method in enumerate(("bptt", "smt+bptt", "bptt-heads", "smt+dmt+bptt")):
@@ -157,20 +171,11 @@ def pretrain(lab: Lab) -> tuple[str, str]:
                 xticks=[2], xlim=(1.7, 2.5))
     axes[1].set_xticklabels(["GRU"])
     axes[0].legend()
-    style.save(fig, lab.out("pretrain.png"))
-    told, won = [], []
-    for method, alone in PRETRAINED.items():
-        pairs = [(r["nats"], best[(*cell, alone)]["nats"]) for (*cell, how), r in best.items()
-                 if how == method and (*cell, alone) in best]
-        if pairs:
-            won.append(sum(a < b for a, b in pairs) / len(pairs))
-            told.append(f"{style.METHODS[method][0]} is better than {style.METHODS[alone][0]} in "
-                        f"{sum(a < b for a, b in pairs)} of {len(pairs)} cells")
-    return ", ".join(told), "agrees" if min(won) == 1 else "open" if max(won) > 0.5 else "disagrees"
+    style.save(fig, path)
 
 
-def clock(lab: Lab) -> tuple[str, str]:
-    """MNIST 14x14 with timestamps for all networks, for the encoder alone, for none."""
+def clock_runs(lab: Lab) -> dict:
+    """(updater, who is told the time, seed) -> SMT, DMT and BPTT."""
     jobs, seeds = {}, lab.seeds or ((0,) if lab.quick else (0, 1))
     few = races.RACES["race14"]["flags"]["smt"]
     for rnn in lab.few(races.UPDATERS):
@@ -182,6 +187,12 @@ def clock(lab: Lab) -> tuple[str, str]:
                 if told != "encoder":  # BPTT has no encoder
                     jobs[rnn, told, seed].append(
                         Job(f"clock-{told}-{rnn}-bptt-{seed}", "bptt", 2.0, f | dict(seed=seed)))
+    return jobs
+
+
+def clock(lab: Lab) -> tuple[str, str]:
+    """MNIST 14x14 with timestamps for all networks, for the encoder alone, for none."""
+    jobs = clock_runs(lab)
 
     def measure():
         got = scores(lab, train(lab, sum(jobs.values(), [])), 1000)

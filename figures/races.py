@@ -121,28 +121,7 @@ def race(lab: Lab) -> tuple[str, str]:
     jobs = race_jobs(lab.name, lab.seeds or r["seeds"]) if not lab.quick else \
         race_jobs(lab.name, (0,), ("gru",))
 
-    def measure():
-        done = train(lab, jobs)
-        got = scores(lab, done, r["n_val"], "val")
-        test = scores(lab, done, r["n_test"]) if "n_test" in r else {}
-        for job in jobs:
-            if job.name not in got or "-new-" in job.name:
-                continue
-            s, last = got[job.name], log(lab, job.name)[-1]
-            _, rnn, method = job.name.rsplit("-", 1)[0].split("-", 2)
-            seed = job.flags["seed"]
-            shutil.copy(os.path.join(lab.folder(job.name), "log.csv"),
-                        lab.out(f"{lab.name}-{rnn}-{method}-{seed}.csv"))
-            yield dict(rnn=rnn, method=method, seed=seed,
-                       minutes=r["minutes"] * (SMT_SHARE if method == "smt" else 1),
-                       smt_minutes=r["minutes"] * SMT_SHARE * ("smt" in job.name + job.after),
-                       steps=last["step"], tokens=last["tokens"], layers=last["layers"]) | \
-                {k: s[k] for k in ("n", "teacher", "one_step", "rollout", "stderr", "drift",
-                                   "one_step_drift", "kl", "variance")} | \
-                compared(job.name, got) | tested(job.name, test) | \
-                dict(commit=stored(lab, job.name, "finished.json")["commit"])
-
-    rows = table(lab, measure)
+    rows = table(lab, lambda: race_rows(lab, r, jobs))
     fig, axes = style.panels(1, "", "nats per validation image")
     # SMT alone, at twice the nats of all others, is in the CSV
     there = {row["method"] for row in rows} - {"smt"}
@@ -156,6 +135,29 @@ def race(lab: Lab) -> tuple[str, str]:
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     style.save(fig, lab.out(f"{lab.name}.png"))
     return verdict(rows)
+
+
+def race_rows(lab: Lab, r: dict, jobs: list[Job]):
+    """CSV rows of the runs of a race r that have finished; their logs are put beside the CSV."""
+    done = train(lab, jobs)
+    got = scores(lab, done, r["n_val"], "val")
+    test = scores(lab, done, r["n_test"]) if "n_test" in r else {}
+    for job in jobs:
+        if job.name not in got or "-new-" in job.name:
+            continue
+        s, last = got[job.name], log(lab, job.name)[-1]
+        _, rnn, method = job.name.rsplit("-", 1)[0].split("-", 2)
+        seed = job.flags["seed"]
+        shutil.copy(os.path.join(lab.folder(job.name), "log.csv"),
+                    lab.out(f"{lab.name}-{rnn}-{method}-{seed}.csv"))
+        yield dict(rnn=rnn, method=method, seed=seed,
+                   minutes=r["minutes"] * (SMT_SHARE if method == "smt" else 1),
+                   smt_minutes=r["minutes"] * SMT_SHARE * ("smt" in job.name + job.after),
+                   steps=last["step"], tokens=last["tokens"], layers=last["layers"]) | \
+            {k: s[k] for k in ("n", "teacher", "one_step", "rollout", "stderr", "drift",
+                               "one_step_drift", "kl", "variance")} | \
+            compared(job.name, got) | tested(job.name, test) | \
+            dict(commit=stored(lab, job.name, "finished.json")["commit"])
 
 
 def compared(name: str, got: dict) -> dict:
