@@ -127,8 +127,8 @@ def reach_runs(T: int, minutes: float) -> list[Job]:
     flags = dict(dataset="retrieval", length=T, shortest=8, n_val=50) | UPDATER
     return both(f"reach-{T}", flags | dict(batch_size=16, heads=1, futures=1),
                 (0.1 * minutes, 0.9 * minutes), dmt=dict(n_val=50, eval_every=200)) + \
-        [Job(f"reach-{T}-bptt-0", "bptt", minutes,
-             flags | dict(eval_every=100, lr=max(RATES["retrieval"]), seed=0))]
+        [Job(f"reach-{T}-bptt-0", "bptt", minutes,  # long steps: looked at as often, by the clock
+             flags | dict(eval_every=max(10, 6400 // T), lr=max(RATES["retrieval"]), seed=0))]
 
 
 def reach(lab: Lab) -> tuple[str, str]:
