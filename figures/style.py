@@ -71,10 +71,11 @@ def pictures(ax, images: np.ndarray, columns: int, title: str = "") -> None:
 
 
 def plain_log(ax) -> None:
-    """1, 2, 5, 10 .. on a logarithmic y axis, which may span less than a power of ten, or 1, 10,
-    100 .. where it spans many; no numbers between the powers on x."""
+    """Plain numbers on a logarithmic y axis, which may span less than a power of ten: 1, 2, 5, 10
+    .., more of them where it is short, fewer where it is long; none between the powers on x."""
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(ticker.LogLocator(10, subs=(1, 2, 5) if high < 2000 * low else (1,)))
+    subs = (1, 2, 3, 4, 5, 6, 8) if high < 5 * low else (1, 2, 5) if high < 2000 * low else (1,)
+    ax.yaxis.set_major_locator(ticker.LogLocator(10, subs=subs))
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_minor_formatter(ticker.NullFormatter())
