@@ -54,7 +54,7 @@ FIGURES = {
              text.fig8),
     "fig9": ("for a fixed loss more compute buys a smaller memory", "the logs of fig7", text.fig9),
     "fig10": ("detached SMT needs Tf = T, joint SMT solves the task with any Tf",
-              "retrieval, T = 16, the paper's SMT alone, 4,000 steps; two seeds, 18 minutes",
+              "retrieval, T = 16, the paper's SMT alone, 4,000 steps; two seeds, 28 minutes",
               credit.fig10),
     "fig11": ("BPTT's gradient vanishes or explodes with the initialisation, SMT's is flat",
               "retrieval, T = 64, networks as initialised", credit.fig11),

@@ -100,7 +100,7 @@ def draw_costs(rows: list[dict], kinds: list[str], path: str) -> None:
                                                for v in ax.get_xticks()])
         ax.minorticks_off()
     for ax in (axes[0][0], axes[1][0]):
-        ax.set_ylim(None, 6 * ax.get_ylim()[1])  # room for
+        ax.set_ylim(None, 6 * ax.get_ylim()[1])  # for the legend
         ax.legend()
     style.save(fig, path)
 
