@@ -81,6 +81,9 @@ FIGURES = {
     "reach": ("not in the paper: how far back does it reach, and after how long?",
               "retrieval, T = 64 to 1024 with the GRU, to 128 with the others, up to 8 minutes",
               tasks.reach),
+    "labels": ("labels replace backpropagation through time",
+               "the easiest points of fig3, GRU, gradients that cross one update, with labels and "
+               "without, 3 minutes a run", tasks.labels),
     "stories": ("TinyStories: SMT → DMT predicts better than BPTT, and writes stories",
                 "GRU, windows of 256 bytes, 20 minutes of one core for each side",
                 pictures.stories),

@@ -107,7 +107,7 @@ def toy(job: Job) -> Job:
     if f.get("dataset") == "tinystories":
         f |= dict(dataset="pydoc")
     most = dict(length=13, keys=2, symbols=4, examples=3, depth=3, mem_tokens=2, mem_dim=4,
-                fut_len=4, heads=4, past=5, span=3, truncate=4, futures=4, rnn_batch=2)
+                fut_len=4, heads=4, past=5, horizon=3, span=3, truncate=4, futures=4, rnn_batch=2)
     f |= {k: min(f[k], v) for k, v in most.items() if f.get(k)}
     f |= dict(preset="laptop", batch_size=4, n_val=2, eval_every=0, steps=2)
     return Job(job.name, job.script, 0, f if job.after else TOY | f, job.after)

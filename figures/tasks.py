@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 
+import data
 from figures import style
 from figures.runs import Job, Lab, both, log, scores, table, train
 
@@ -174,6 +175,61 @@ def reach(lab: Lab) -> tuple[str, str]:
     axes[0].legend()
     style.save(fig, lab.out("reach.png"))
     return "minutes until solved, by T: " + "; ".join(f"{k} {v}" for k, v in told.items()), "open"
+
+
+def labels_runs(task: str) -> dict[str, Job]:
+    """The easiest point of figure 3 with gradients that cross one update: SMT, then DMT with labels
+    at full weight, DMT without labels, and that of an updater which SMT never saw."""
+    axis, values, rest = TASKS[task]
+    flags = dict(dataset=task) | {axis: values[0]} | rest | UPDATER
+    one = dict(span=1, batch_size=2048)  # as many updates a step as with spans of 32
+    smt, dmt = both(f"labels-{task}", flags, (0.75, 2.25), dmt=one | dict(lambda_mse=1.0))
+    new = Job(f"labels-{task}-new-0", "smt", 0, flags | dict(seed=0, steps=1))
+    none = one | dict(lambda_mse=0.0, seed=0)
+    T = data.load(task, "", **{k: v for k, v in flags.items() if k in data.OPTIONS[task]}).T
+    alone = dict(horizon=T)  # it is never put back on a label
+    return {"smt": smt, "dmt-span1": dmt, "new": new,
+            "dmt-mse0": Job(f"labels-{task}-mse0-0", "dmt", 2.25, none, smt.name),
+            "walk": Job(f"labels-{task}-walk-0", "dmt", 3.0, none | alone, new.name)}
+
+
+def labels(lab: Lab) -> tuple[str, str]:
+    """The paper's claim itself: labels instead of gradients through time. Nats over the optimum of
+    an RNN whose gradients cross one update, with labels and without."""
+    jobs = {task: labels_runs(task) for task in lab.few(TASKS)}
+
+    def measure():
+        done = train(lab, [job for runs in jobs.values() for job in runs.values()])
+        got = scores(lab, [name for name in done if "-new-" not in name], 1000)
+        for task, runs in jobs.items():
+            for method, job in runs.items():
+                if s := got.get(job.name):
+                    yield dict(task=task, method=method, excess=s["excess"],
+                               stderr=s["excess_stderr"], teacher=s["excess_all"]["teacher"])
+
+    rows = table(lab, measure)
+    fig, axes = style.panels(1, y="nats over the Bayes optimum (least: 1e-6)", height=3.6)
+    there = [task for task in TASKS if any(r["task"] == task for r in rows)]
+    for i, (method, label) in enumerate({
+            "walk": "DMT alone, no labels", "dmt-mse0": "SMT → DMT, no labels",
+            "smt": "SMT", "dmt-span1": "SMT → DMT, labels"}.items()):
+        at = [(there.index(r["task"]) + (i - 1.5) * 0.12, max(r["excess"], 1e-6)) for r in rows
+              if r["method"] == method]
+        axes[0].plot(*zip(*at), **style.of(method) | dict(ls="", label=label)) if at else None
+    axes[0].set(yscale="log", ylim=(5e-7, 10), xlim=(-0.5, len(there) - 0.5))
+    axes[0].set_xticks(range(len(there)), labels=there)
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    style.save(fig, lab.out("labels.png"))
+    nats = {(r["task"], r["method"]): r for r in rows}
+    told, better = [], []
+    for task in there:
+        with_, *without = (nats[task, m] for m in ("dmt-span1", "dmt-mse0", "walk"))
+        least = min(without, key=lambda r: r["excess"])
+        told.append(f"{task} {with_['excess']:.2g} and {least['excess']:.2g}")
+        apart = with_["excess"] - least["excess"]
+        better.append(apart < -2 * math.hypot(with_["stderr"], least["stderr"]) - 1e-3)
+    return "nats over the optimum, gradients across one update, with labels and without: " + \
+        ", ".join(told), "agrees" if all(better) else "open" if any(better) else "disagrees"
 
 
 def fig13(lab: Lab) -> tuple[str, str]:
