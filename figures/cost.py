@@ -265,8 +265,8 @@ def pace(lab: Lab) -> tuple[str, str]:
                   (task, method)]
             name = style.METHODS[method][0]
             if at:
-                axes[0].loglog(*zip(*at), ls=":" if task == "paper" else "-", **style.of(method) |
-                               dict(label=name if method == "bptt" else f"{name}, {how}"))
+                axes[0].semilogy(*zip(*at), ls=":" if task == "paper" else "-", **style.of(method) |
+                                 dict(label=name if method == "bptt" else f"{name}, {how}"))
     style.plain_log(axes[0])
     axes[0].legend()
     style.save(fig, lab.out("pace.png"))

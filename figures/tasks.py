@@ -174,6 +174,10 @@ def reach(lab: Lab) -> tuple[str, str]:
             how = style.of(method)
             how["label"] += f", {dict(gru='GRU', mlp='MLP').get(rnn, 'Transformer')}"
             axes[0].plot([*first], [min(v, default=np.nan) for v in first.values()], ls=line, **how)
+            for T in (T for T, v in first.items() if not v):
+                axes[0].plot(T, REACH[T], how["marker"], mfc="none", mec=how["color"])
+                axes[0].annotate("not within", (T, REACH[T]), (0, -14), fontsize=8, ha="center",
+                                 textcoords="offset points")
             told[how["label"]] = ", ".join(f"{T} {f'{min(v):.1f}' if v else 'never'}"
                                            for T, v in first.items())
     axes[0].set(xscale="log", xlim=(50, 1300), ylim=(0, None), xticks=[*REACH])
