@@ -84,7 +84,7 @@ FIGURES = {
     "labels": ("labels replace backpropagation through time",
                "the easiest points of fig3, GRU, gradients that cross one update, with labels and "
                "without, 3 minutes a run", tasks.labels),
-    "binding": ("SMT solves what BPTT does not: which value belongs to which key?",
+    "binding": ("associative recall: SMT → DMT beats BPTT",
                 "recall, 8 pairs, GRU, 8 minutes for each side, BPTT at two rates", tasks.binding),
     "stories": ("TinyStories: SMT → DMT predicts better than BPTT, and writes stories",
                 "GRU, windows of 256 bytes, 20 minutes of one core for each side",
