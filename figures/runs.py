@@ -349,22 +349,26 @@ def log(lab: Lab, name: str) -> list[dict]:
     return read_csv(os.path.join(lab.folder(name), "log.csv"))
 
 
+def looks(lab: Lab, job: Job, jobs: list[Job]):
+    """The rows of a run's log that have a validation of the RNN alone; what they cost comes on top
+    of the runs that it goes on from."""
+    named, earlier = {job.name: job for job in jobs}, job.after
+    before = dict(seconds=0, tokens=0, layers=0)
+    while earlier:
+        before = {k: v + log(lab, earlier)[-1][k] for k, v in before.items()}
+        earlier = named[earlier].after
+    for r in log(lab, job.name):
+        if "val_rollout" in r:
+            yield r | {k: v + r[k] for k, v in before.items()}
+
+
 def curves(lab: Lab, jobs: list[Job], done: list[str]):
-    """CSV rows of the validation losses of the jobs that are done; what a run costs comes on top of
-    those that it goes on from."""
-    named = {job.name: job for job in jobs}
+    """CSV rows of the validation losses of the jobs that are done."""
     for job in (job for job in jobs if job.name in done):
         task, rnn, method = job.name.rsplit("-", 1)[0].split("-", 2)
-        before, earlier = dict(seconds=0, tokens=0, layers=0), job.after
-        while earlier:
-            before = {k: v + log(lab, earlier)[-1][k] for k, v in before.items()}
-            earlier = named[earlier].after
-        for r in log(lab, job.name):
-            if "val_rollout" in r:
-                yield dict(task=task, rnn=rnn, method=method, nats=r["val_rollout"],
-                           minutes=(r["seconds"] + before["seconds"]) / 60,
-                           tokens=r["tokens"] + before["tokens"],
-                           layers=r["layers"] + before["layers"])
+        for r in looks(lab, job, jobs):
+            yield dict(task=task, rnn=rnn, method=method, nats=r["val_rollout"],
+                       minutes=r["seconds"] / 60, tokens=r["tokens"], layers=r["layers"])
 
 
 def read_csv(path: str) -> list[dict]:

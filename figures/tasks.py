@@ -5,7 +5,7 @@ import numpy as np
 
 import data
 from figures import style
-from figures.runs import Job, Lab, both, log, scores, table, train
+from figures.runs import Job, Lab, both, looks, scores, table, train
 
 UPDATER = dict(rnn="gru")  # the one that BPTT does best with
 # task -> the flag on the paper's axis, three values of it, the rest of the task
@@ -151,15 +151,11 @@ def reach(lab: Lab) -> tuple[str, str]:
     def measure():
         done = train(lab, sum(jobs.values(), []))
         for (rnn, T), runs in jobs.items():
-            for job in runs:
-                if job.name in done and job.script != "smt":
-                    before = log(lab, job.after)[-1]["seconds"] if job.after else 0.0
-                    for r in log(lab, job.name):
-                        if "val_excess" in r:
-                            method = "bptt-heads" if "lambda_heads" in job.flags else job.script
-                            yield dict(rnn=rnn, T=T, method=method, lr=job.flags.get("lr"),
-                                       excess=r["val_excess"],
-                                       minutes=(before + r["seconds"]) / 60)
+            for job in (job for job in runs if job.name in done and job.script != "smt"):
+                method = "bptt-heads" if "lambda_heads" in job.flags else job.script
+                for r in looks(lab, job, runs):
+                    yield dict(rnn=rnn, T=T, method=method, lr=job.flags.get("lr"),
+                               excess=r["val_excess"], minutes=r["seconds"] / 60)
 
     rows, told = table(lab, measure), {}
     fig, axes = style.panels(1, "T", "minutes to 0.01 nats over the optimum", height=3.6)
@@ -190,7 +186,8 @@ def reach(lab: Lab) -> tuple[str, str]:
 
 def labels_runs(task: str) -> dict[str, Job]:
     """The easiest point of figure 3 with gradients that cross one update: SMT, then DMT with labels
-    at full weight, DMT without labels, and that of an updater which SMT never saw."""
+    at full weight, without Eq. 6 (labels are only where it starts anew), and DMT alone, which has
+    no use of labels at all, of an updater that SMT never saw."""
     axis, values, rest = TASKS[task]
     flags = dict(dataset=task) | {axis: values[0]} | rest | UPDATER
     one = dict(span=1, batch_size=2048)  # as many updates a step as with spans of 32
@@ -222,7 +219,7 @@ def labels(lab: Lab) -> tuple[str, str]:
     fig, axes = style.panels(1, y="nats over the Bayes optimum (least: 1e-6)", height=3.6)
     there = [task for task in TASKS if any(r["task"] == task for r in rows)]
     for i, (method, label) in enumerate({
-            "walk": "DMT alone, no labels", "dmt-mse0": "SMT → DMT, no labels",
+            "walk": "DMT alone, no labels", "dmt-mse0": "SMT → DMT, no Eq. 6",
             "smt": "SMT", "dmt-span1": "SMT → DMT, labels"}.items()):
         at = [(there.index(r["task"]) + (i - 1.5) * 0.12, max(r["excess"], 1e-6)) for r in rows
               if r["method"] == method]
@@ -239,8 +236,8 @@ def labels(lab: Lab) -> tuple[str, str]:
         told.append(f"{task} {with_['excess']:.2g} and {least['excess']:.2g}")
         apart = with_["excess"] - least["excess"]
         better.append(apart < -2 * math.hypot(with_["stderr"], least["stderr"]) - 1e-3)
-    return "nats over the optimum, gradients across one update, with labels and without: " + \
-        ", ".join(told), "agrees" if all(better) else "open" if any(better) else "disagrees"
+    return "nats over the optimum, gradients across one update, with labels and without (the " \
+        f"better of two): {', '.join(told)}", "agrees" if all(better) else "open" if any(better) else "disagrees"
 
 
 def binding_runs(seed: int) -> list[Job]:
@@ -254,7 +251,7 @@ def binding_runs(seed: int) -> list[Job]:
         dmt=dict(lambda_mse=0.3))
     new = Job(f"binding-new-{seed}", "smt", 0, flags | asked | dict(seed=seed, steps=1))
     walk = Job(f"binding-walk-{seed}", "dmt", 8.0,
-               dict(lambda_mse=0.0, horizon=18, seed=seed), new.name)
+               dict(lambda_mse=0.0, horizon=18, seed=seed), new.name)  # T, as in labels_runs
     return [smt, dmt, new, walk] + [Job(f"binding-bptt-{lr:g}-{seed}", "bptt", 8.0,
                                         flags | dict(lr=lr, seed=seed)) for lr in (2e-3, 5e-3)]
 
@@ -263,17 +260,14 @@ def binding(lab: Lab) -> tuple[str, str]:
     """What is a value's key? Nats over the optimum against minutes, where BPTT finds no way from
     knowing which values there were to knowing whose they are."""
     jobs = [job for seed in lab.seeds or (0,) for job in binding_runs(seed)]
-    named = {job.name: job for job in jobs}
 
     def measure():
-        for name in train(lab, jobs):
-            job = named[name]
-            before = log(lab, job.after)[-1]["seconds"] if job.after else 0.0
-            for r in log(lab, name) if "-new-" not in name else ():
-                if "val_excess" in r:
-                    yield dict(method="walk" if "-walk-" in name else job.script,
-                               lr=job.flags.get("lr"), seed=job.flags["seed"],
-                               minutes=(before + r["seconds"]) / 60, excess=r["val_excess"])
+        done = train(lab, jobs)
+        for job in (job for job in jobs if job.name in done and "-new-" not in job.name):
+            for r in looks(lab, job, jobs):
+                yield dict(method="walk" if "-walk-" in job.name else job.script,
+                           lr=job.flags.get("lr"), seed=job.flags["seed"],
+                           minutes=r["seconds"] / 60, excess=r["val_excess"])
 
     rows, ends = table(lab, measure), {}
     fig, axes = style.panels(1, "minutes of one core", "nats over the Bayes optimum", height=3.6)
