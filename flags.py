@@ -28,7 +28,7 @@ GROUPS = {  # of flags, in the order of --help
 
 USELESS = (  # flags, and the value of another one with which they change nothing
     ("rnn_layers", "rnn", "gru"), ("horizon", "times", 2),
-    ("lambda_fut", "futures", 0), ("lambda_past", "past", 0),
+    ("lambda_fut octaves", "futures", 0), ("lambda_past", "past", 0),
     ("lambda_heads", "heads", 0), ("heads", "lambda_heads", 0),
     ("futures first heads past lambda_fut lambda_past detach_dec decode_own", "lambda_dec", 0),
     *(("timestamps", "dataset", name) for name in datasets.TEXTS))
@@ -80,7 +80,7 @@ class Config(Options):
                           choices=("muon", "adamw"))
     lr: float = flag("highest learning rate; adamw wants a quarter of muon's")
     warmup: float = flag("steps of linear warm-up; below 1: a part of the run")
-    decay: float = flag("the rate falls along a cosine to this part of lr; 1 = it stays")
+    decay: float = flag("the rate falls to this part, a cosine; 1 = it stays")
     ema: float = flag("average the weights with this decay; 0 = keep the newest")
     compile: bool = flag("torch.compile the Transformer blocks", default=False)
     graph: bool = flag("replay updates as a CUDA graph; not tried yet", default=False)
@@ -92,7 +92,7 @@ class Config(Options):
                              default=0.0)
     device: str = flag("auto, cpu, cuda, cuda:1, mps ...", "run", default="auto")
     threads: int = flag("CPU threads; 0 = torch's choice", "run", default=0)
-    data_dir: str = flag("where the data files are; or set $SMT_DATA_DIR", "run",
+    data_dir: str = flag("where data files are; or set $SMT_DATA_DIR", "run",
                          default=os.environ.get("SMT_DATA_DIR", "data"))
     out_dir: str = flag("where the run writes; empty = runs/<script>-<dataset>", "run", default="")
     log_every: int = flag("steps between log lines", "run")

@@ -74,6 +74,21 @@ def last_inputs(x: Tensor, t: Tensor, n: int, bos: int) -> Tensor:
     return back.unfold(1, n, 1)[row, x.shape[1] - 1 - t]
 
 
+def near_and_far(y: Tensor, t: Tensor, n: int, Tf: int, gen: torch.Generator) -> Tensor:
+    """Ours: n memories, each some times before a target of y (N, T) drawn at random: as often one
+    time before it as two or three, four to seven .., less than Tf -> (n,) rows among the N S that
+    lie at the times t (N, S), in a row each."""
+    # Where one target, at the end, depends on all inputs, the memories just before it must hold
+    # most and are learnt last; among all times they are few.
+    (N, S), valid = t.shape, y >= 0
+    b = on_device(torch.randperm(N, generator=gen)[torch.arange(n) % N], y.device)
+    which, octave = on_device(torch.rand(2, n, generator=gen), y.device)
+    where = (~valid).int().argsort(dim=1, stable=True)      # times of valid targets first, in order
+    target = where[b, (which * valid.sum(1)[b]).long()]
+    before = (Tf ** octave).long().clamp(max=Tf - 1)
+    return b * S + (target - before - t[b, 0]).clamp(0, S - 1)
+
+
 def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     """n rows about in proportion to score (N,) >= 0, hardly one of them twice -> (rows (n,),
     weights (n,)): the mean over them of weight * value estimates the mean of value over all N
@@ -132,9 +147,11 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         out["first"] = (scale * nats).mean() / valid.mean().clamp(min=1e-9)
     if whole := getattr(cfg, "futures", 0):  # Eq. 2 as the paper has it; DMT has no such flag
         S = t.shape[1]
-        some = on_device(torch.randperm(len(rows), generator=gen)[:whole], m.device)
+        Tf = min(decoder.c.fut_len, x.shape[1])
+        some = near_and_far(y, t, whole, Tf, gen) if cfg.octaves else \
+            on_device(torch.randperm(len(rows), generator=gen)[:whole], m.device)
         b, now = some // S, t.flatten()[some]
-        x_fut, y_fut = futures(x, y, b, now, min(decoder.c.fut_len, x.shape[1]))
+        x_fut, y_fut = futures(x, y, b, now, Tf)
         out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
     weights = {k: getattr(cfg, f"lambda_{k}", 1.0) for k in ("past", "heads")}
     weights["futures"] = getattr(cfg, "lambda_fut", 1.0)

@@ -51,6 +51,7 @@ PRESETS["laptop"] = {
     "first":             (0.25,         0.15,         1.0),
     "lambda_heads":      (_,            _,            0.0),  # BPTT as everyone has it
     "futures":           (48,           _,            _),
+    "octaves":           (False,        _,            _),
     "lambda_fut":        (0.25,         _,            _),
     "lambda_past":       (2.0,          2.0,          _),
     "horizon":           (0,            1_000_000,    _),  # DMT: whole rollouts from the start
@@ -193,6 +194,15 @@ KINDS["laptop", "synthetic"] = {
 KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "past": 64,
     "lambda_past":       (0.5,          0.5,          _),
+    # which value will be due is decided by a key to come, so no head can say it: futures can
+    "heads":             (0,            _,            _),
+    "batch_size":        (128,          _,            _),
+    "futures":           (256,          _,            _),
+    "octaves":           (True,         _,            _),
+    "lambda_fut":        (1.0,          _,            _),
+    "rnn_batch":         (32,           _,            _),
+    "rnn_from":          (0.6,          _,            _),
+    "lambda_mse":        (_,            0.3,          _),
 }
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),

@@ -38,6 +38,7 @@ class Config(flags.Config):
     decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
     horizon: int = flag("learn after < horizon updates alone, too; 0 = all; paper: 1")
     futures: int = flag("memories of a part that must predict their whole future")
+    octaves: bool = flag("they lie 1, 2-3, 4-7 .. before a target; paper: anywhere")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that predict y_t alone; the paper: 0")

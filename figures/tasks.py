@@ -241,19 +241,17 @@ def labels(lab: Lab) -> tuple[str, str]:
 
 
 def binding_runs(seed: int) -> list[Job]:
-    """recall with 8 pairs, 8 minutes each: SMT and DMT, BPTT at two rates, and DMT without labels
-    of an updater that SMT never saw."""
+    """recall with 8 pairs, 8 minutes each: SMT and DMT, SMT and BPTT, BPTT at three rates, and DMT
+    without labels of an updater that SMT never saw."""
     flags = dict(dataset="recall", keys=8, key_len=1) | UPDATER
-    # heads cannot say what a question decides that is yet to come; a decoder that reads it can
-    asked = dict(heads=0, past=16)
-    smt, dmt = both("binding", flags | asked | dict(
-        batch_size=128, futures=256, lambda_fut=1.0, rnn_batch=32, rnn_from=0.6), (5.0, 3.0), seed,
-        dmt=dict(lambda_mse=0.3))
-    new = Job(f"binding-new-{seed}", "smt", 0, flags | asked | dict(seed=seed, steps=1))
+    smt, dmt = both("binding", flags, (5.0, 3.0), seed)
+    then = Job(f"binding-smt+bptt-{seed}", "bptt", 3.0, dict(lr=1e-3, seed=seed), smt.name)
+    new = Job(f"binding-new-{seed}", "smt", 0, flags | dict(seed=seed, steps=1))
     walk = Job(f"binding-walk-{seed}", "dmt", 8.0,
                dict(lambda_mse=0.0, horizon=18, seed=seed), new.name)  # T, as in labels_runs
-    return [smt, dmt, new, walk] + [Job(f"binding-bptt-{lr:g}-{seed}", "bptt", 8.0,
-                                        flags | dict(lr=lr, seed=seed)) for lr in (2e-3, 5e-3)]
+    return [smt, dmt, then, new, walk] + [
+        Job(f"binding-bptt-{lr:g}-{seed}", "bptt", 8.0, flags | dict(lr=lr, seed=seed))
+        for lr in (1e-3, 2e-3, 5e-3)]
 
 
 def binding(lab: Lab) -> tuple[str, str]:
@@ -265,30 +263,33 @@ def binding(lab: Lab) -> tuple[str, str]:
         done = train(lab, jobs)
         for job in (job for job in jobs if job.name in done and "-new-" not in job.name):
             for r in looks(lab, job, jobs):
-                yield dict(method="walk" if "-walk-" in job.name else job.script,
+                yield dict(method="walk" if "-walk-" in job.name else
+                           "smt+bptt" if "smt+bptt" in job.name else job.script,
                            lr=job.flags.get("lr"), seed=job.flags["seed"],
                            minutes=r["seconds"] / 60, excess=r["val_excess"])
 
     rows, ends = table(lab, measure), {}
     fig, axes = style.panels(1, "minutes of one core", "nats over the Bayes optimum", height=3.6)
     for method, label in {"bptt": "BPTT", "walk": "DMT alone, no labels", "smt": "SMT",
-                          "dmt": "SMT → DMT"}.items():
+                          "smt+bptt": "SMT → BPTT", "dmt": "SMT → DMT"}.items():
         for lr in dict.fromkeys(r.get("lr") for r in rows if r["method"] == method):
+            name = f"BPTT, rate {lr:g}" if method == "bptt" else label
             for seed in dict.fromkeys(r["seed"] for r in rows):
                 at = [(r["minutes"], r["excess"]) for r in rows
                       if (r["method"], r.get("lr"), r["seed"]) == (method, lr, seed)]
-                rate = f", rate {lr:g}" if lr else ""
-                axes[0].plot(*zip(*at), **style.of(method) | dict(
-                    ms=3, ls="--" if lr == 5e-3 else "-", label=f"{label}{rate}"))
-                ends.setdefault(f"{label}{rate}", []).append(at[-1][1])
+                if at:
+                    axes[0].plot(*zip(*at), **style.of(method) | dict(
+                        ms=3, ls={1e-3: ":", 5e-3: "--"}.get(lr, "-") if method == "bptt" else "-",
+                        label="" if name in ends else name))
+                    ends.setdefault(name, []).append(at[-1][1])
     axes[0].set(ylim=(0, 2.2))
     axes[0].legend()
     style.save(fig, lab.out("binding.png"))
     told = ", ".join(f"{k} {' and '.join(f'{v:.2g}' for v in of)}" for k, of in ends.items()
                      if k != "SMT")
-    best = min(max(of) for k, of in ends.items() if k.startswith("BPTT"))
+    best = min(min(of) for k, of in ends.items() if k.startswith("BPTT"))
     return f"nats over the optimum: {told}", \
-        "agrees" if max(ends["SMT → DMT"]) < best - 0.1 else "disagrees"
+        "agrees" if max(ends["SMT → DMT"]) < best - 0.1 else "open"
 
 
 def fig13(lab: Lab) -> tuple[str, str]:

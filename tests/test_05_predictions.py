@@ -9,7 +9,7 @@ import tiny
 from tiny import B, K, M, T, V, gen, networks, recipe, sequences
 
 import smt
-from losses import cross_entropy, draw, last_inputs, predictive
+from losses import cross_entropy, draw, last_inputs, near_and_far, predictive
 from model import Decoder, Heads
 
 ALL = 1000  # more memories than there are
@@ -66,6 +66,26 @@ def test_a_part_of_the_futures_is_drawn_without_replacement():
         counts[read] += 1
     expected = 200 * 5 / len(counts)
     assert (counts - expected).abs().max() < 5 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_futures_near_and_far(first):
+    """--octaves: one sequence in two is asked at its last time alone, the other at times 20 and 40.
+    A memory lies 1, 2-3, 4-7 .. times before a target, each octave as often; where memories
+    begin only at `first`, those before it count as the first."""
+    y, Tf, n = torch.full((2, 64), -1), 17, 40_000
+    y[0, 63], y[1, 20], y[1, 40] = 0, 0, 0
+    t = (first + torch.arange(64 - first)).expand(2, -1)
+    rows = near_and_far(y, t, n, Tf, gen(0))
+    b, at = rows // t.shape[1], t.flatten()[rows]
+    for sequence, targets in ((0, [63]), (1, [20, 40])):
+        assert (b == sequence).sum() == n // 2
+        expected = torch.zeros(64)
+        for target in targets:
+            for k in range(1, Tf):  # Tf ** u lies in [k, k + 1) for this part of all u
+                expected[max(target - k, first)] += math.log((k + 1) / k, Tf) / len(targets)
+        got = at[b == sequence].bincount(minlength=64) / (n // 2)
+        assert (got - expected).abs().max() < 0.012
 
 
 # ---------------------------------------------------------------------- y_t alone, where it is hard

@@ -453,7 +453,7 @@ def distance(a, b):
 SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --decay 1 | "
        "--lambda_dec 2 | --lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --times 4 | "
        "--rnn_batch 2 | --rnn_from 0 | "
-       "--no-decode_own | --first 0.7 | --futures 3 | --lambda_fut 3 | --horizon 1 | "
+       "--no-decode_own | --first 0.7 | --futures 3 | --lambda_fut 3 | --octaves | --horizon 1 | "
        "--horizon 3 | --heads 0 | --heads 2 | --past 3 | --past 3 + --lambda_past 3 | "
        "--mem_dim 12 | --timestamps none | "
        "--timestamps encoder | --micro 2 | --encoder bidirectional | --fut_len 2 | "

@@ -21,7 +21,7 @@ VALUES = dict(  # another value than the default, for the tiny runs below
     decay=0.9, ema=0.1, steps=3, data_dir="elsewhere", log_every=1, eval_every=1, n_val=3,
     ckpt_every=1, lambda_dec=3, lambda_dyn=3, lambda_unif=3, detach_rnn=None, times=4, rnn_batch=2,
     rnn_from=0,
-    decode_own=False, horizon=1, futures=3, lambda_fut=3, first=0.7, micro=2, span=1, spans=5,
+    decode_own=False, horizon=1, futures=3, lambda_fut=3, octaves=None, first=0.7, micro=2, span=1, spans=5,
     lambda_mse=3, detach_dec=None, truncate=2, length=9,
     image_size=9, glyphs="ab", jitter=0.1, levels=256, binarize="static", data_file="elsewhere",
     variant="ours", symbols=4, noise=0.9, needle_range=5, reverse=False, depth=2, keys=3,
