@@ -237,7 +237,8 @@ def labels(lab: Lab) -> tuple[str, str]:
         apart = with_["excess"] - least["excess"]
         better.append(apart < -2 * math.hypot(with_["stderr"], least["stderr"]) - 1e-3)
     return "nats over the optimum, gradients across one update, with labels and without (the " \
-        f"better of two): {', '.join(told)}", "agrees" if all(better) else "open" if any(better) else "disagrees"
+        f"better of two): {', '.join(told)}", \
+        "agrees" if all(better) else "open" if any(better) else "disagrees"
 
 
 def binding_runs(seed: int) -> list[Job]:
