@@ -30,7 +30,8 @@ USELESS = (  # flags, and the value of another one with which they change nothin
     ("rnn_layers", "rnn", "gru"), ("horizon", "times", 2),
     ("lambda_fut octaves", "futures", 0), ("lambda_past", "past", 0),
     ("lambda_heads", "heads", 0), ("heads", "lambda_heads", 0),
-    ("futures first heads past lambda_fut lambda_past detach_dec decode_own", "lambda_dec", 0),
+    ("futures octaves first heads past lambda_fut lambda_past detach_dec decode_own",
+     "lambda_dec", 0),
     *(("timestamps", "dataset", name) for name in datasets.TEXTS))
 
 
