@@ -75,11 +75,11 @@ def last_inputs(x: Tensor, t: Tensor, n: int, bos: int) -> Tensor:
 
 
 def near_and_far(y: Tensor, t: Tensor, n: int, Tf: int, gen: torch.Generator) -> Tensor:
-    """Ours: n memories, each some times before a target of y (N, T) drawn at random: as often one
-    time before it as two or three, four to seven .., less than Tf -> (n,) rows among the N S that
-    lie at the times t (N, S), in a row each."""
-    # Where one target, at the end, depends on all inputs, the memories just before it must hold
-    # most and are learnt last; among all times they are few.
+    """Ours: n of the memories of y (N, T) at consecutive times t (N, S) -> their rows (n,) among the
+    N S. A target is drawn, then how many updates before it the memory lies: 1 as often as 2 to 3,
+    as 4 to 7 .., less than Tf."""
+    # Where one target, at the end, hangs on all inputs, the memories just before it must hold most
+    # and are learnt last; among all times they are few.
     (N, S), valid = t.shape, y >= 0
     b = on_device(torch.randperm(N, generator=gen)[torch.arange(n) % N], y.device)
     which, octave = on_device(torch.rand(2, n, generator=gen), y.device)
