@@ -279,9 +279,10 @@ def binding(lab: Lab) -> tuple[str, str]:
                 at = [(r["minutes"], r["excess"]) for r in rows
                       if (r["method"], r.get("lr"), r["seed"]) == (method, lr, seed)]
                 if at:
-                    axes[0].plot(*zip(*at), **style.of(method) | dict(
-                        ms=3, ls={1e-3: ":", 5e-3: "--"}.get(lr, "-") if method == "bptt" else "-",
-                        label="" if name in ends else name))
+                    of = dict(ms=3, ls="-", label="" if name in ends else name)
+                    if method == "bptt":
+                        of |= dict(ms=0, ls={1e-3: ":", 5e-3: "--"}.get(lr, "-"))
+                    axes[0].plot(*zip(*at), **style.of(method) | of)
                     ends.setdefault(name, []).append(at[-1][1])
     axes[0].set(ylim=(0, 2.2))
     axes[0].legend()
