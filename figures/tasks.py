@@ -190,6 +190,8 @@ def labels_runs(task: str) -> dict[str, Job]:
     no use of labels at all, of an updater that SMT never saw."""
     axis, values, rest = TASKS[task]
     flags = dict(dataset=task) | {axis: values[0]} | rest | UPDATER
+    if task == "recall":
+        flags["heads"] = 28  # as all others have; by default it has none
     one = dict(span=1, batch_size=2048)  # as many updates a step as with spans of 32
     smt, dmt = both(f"labels-{task}", flags, (0.75, 2.25), dmt=one | dict(lambda_mse=1.0))
     new = Job(f"labels-{task}-new-0", "smt", 0, flags | dict(seed=0, steps=1))
