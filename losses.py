@@ -75,9 +75,9 @@ def last_inputs(x: Tensor, t: Tensor, n: int, bos: int) -> Tensor:
 
 
 def near_and_far(y: Tensor, t: Tensor, n: int, Tf: int, gen: torch.Generator) -> Tensor:
-    """Ours: n of the memories of y (N, T) at consecutive times t (N, S) -> their rows (n,) among the
-    N S. A target is drawn, then how many updates before it the memory lies: 1 as often as 2 to 3,
-    as 4 to 7 .., less than Tf."""
+    """Ours: n of the memories of y (N, T) at consecutive times t (N, S) -> their rows (n,) among
+    the N S. A target is drawn, then how many updates before it the memory lies: 1 as often as 2 to
+    3, as 4 to 7 .., less than Tf."""
     # Where one target, at the end, hangs on all inputs, the memories just before it must hold most
     # and are learnt last; among all times they are few.
     (N, S), valid = t.shape, y >= 0
