@@ -81,7 +81,7 @@ class Config(Options):
                           choices=("muon", "adamw"))
     lr: float = flag("highest learning rate; adamw wants a quarter of muon's")
     warmup: float = flag("steps of linear warm-up; below 1: a part of the run")
-    decay: float = flag("the rate falls to this part, a cosine; 1 = it stays")
+    decay: float = flag("the rate falls to this part of lr, a cosine; 1 = it stays")
     ema: float = flag("average the weights with this decay; 0 = keep the newest")
     compile: bool = flag("torch.compile the Transformer blocks", default=False)
     graph: bool = flag("replay updates as a CUDA graph; not tried yet", default=False)

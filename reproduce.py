@@ -85,7 +85,7 @@ FIGURES = {
                "the easiest points of fig3, GRU, gradients that cross one update, with labels and "
                "without, 3 minutes a run", tasks.labels),
     "binding": ("associative recall: SMT → DMT beats BPTT (in 8 minutes, not in 18)",
-                "recall, 8 pairs, GRU, 8 minutes for each side, BPTT at three rates",
+                "recall, 8 pairs, GRU, two seeds, 8 minutes a side, BPTT at three rates",
                 tasks.binding),
     "stories": ("TinyStories: SMT → DMT predicts better than BPTT, and writes stories",
                 "GRU, windows of 256 bytes, 20 minutes of one core for each side",

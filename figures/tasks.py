@@ -260,7 +260,8 @@ def binding_runs(seed: int) -> list[Job]:
 def binding(lab: Lab) -> tuple[str, str]:
     """What is a value's key? Nats over the optimum against minutes, where BPTT finds no way from
     knowing which values there were to knowing whose they are."""
-    jobs = [job for seed in lab.seeds or (0,) for job in binding_runs(seed)]
+    seeds = lab.seeds or ((0,) if lab.quick else (0, 1))
+    jobs = [job for seed in seeds for job in binding_runs(seed)]
 
     def measure():
         done = train(lab, jobs)
@@ -291,9 +292,13 @@ def binding(lab: Lab) -> tuple[str, str]:
     style.save(fig, lab.out("binding.png"))
     told = ", ".join(f"{k} {' and '.join(f'{v:.2g}' for v in of)}" for k, of in ends.items()
                      if k != "SMT")
-    best = min(min(of) for k, of in ends.items() if k.startswith("BPTT"))
+    ours = ends.get("SMT → DMT", [])
+    theirs = [v for k, of in ends.items() if k.startswith("BPTT") for v in of]
+    if not ours or not theirs:  # drawn from some of its runs
+        return f"nats over the optimum: {told}", "open"
     return f"nats over the optimum: {told}", \
-        "agrees" if max(ends["SMT → DMT"]) < best - 0.1 else "open"
+        "agrees" if max(ours) < min(theirs) - 0.1 else \
+        "open" if min(ours) < min(theirs) else "disagrees"
 
 
 def fig13(lab: Lab) -> tuple[str, str]:
