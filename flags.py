@@ -21,7 +21,7 @@ from sources.files import Data
 
 GROUPS = {  # of flags, in the order of --help
     "task": "what is learnt; the options of another dataset are shown by --dataset NAME --help",
-    "networks": "their form and size",
+    "networks": None,
     "method": "how they learn; defaults are shown for --preset {} and --dataset {}",
     "run": "how long, where and how often; these flags alone may change with --resume",
 }
@@ -176,7 +176,7 @@ def read(script: str, fields: dict, argv, doc: str, recipe) -> dict:
     kinds = datasets.kinds(dataset, named(argv, "--rnn", ""), named(argv, "--levels", ""))
     defaults = {f.name: f.default for f in fields.values()} | options | recipe(preset, kinds)
     p = parser(f"{script}.py", doc)
-    groups = {name: p.add_argument_group(name, about.format(preset, dataset))
+    groups = {name: p.add_argument_group(name, about and about.format(preset, dataset))
               for name, about in GROUPS.items()}
     if "ckpt" in fields:
         groups["task"].description = groups["networks"].description = "come from --ckpt"

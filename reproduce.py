@@ -153,7 +153,7 @@ def make(lab: Lab, name: str) -> None:
     """One figure: runs, numbers, picture, and its row among the results. Raises UserError,
     Stopped."""
     claim, _, function = FIGURES[name]
-    partial = function in (races.race, tasks.reach, tasks.binding)
+    partial = function in (races.race, tasks.reach, tasks.binding, ours.pretrain)
     lab = dataclasses.replace(lab, name=name, place=PLACES.get(name, ""), used=[], missing=[],
                               partial=partial)
     began = time.time()
