@@ -97,8 +97,8 @@ def spans(lab: Lab) -> tuple[str, str]:
 
 
 def pretrain_runs(seeds: tuple) -> dict:
-    """(task, updater, method, seed, rate) -> job. MNIST: race14's runs, and plain BPTT after half of
-    the minutes of SMT and DMT; permutation, divided alike, each method of BPTT at two rates."""
+    """(task, updater, method, seed, rate) -> job. MNIST: race14's runs, and plain BPTT after half
+    of the minutes of SMT and DMT; permutation, divided alike, each method of BPTT at two rates."""
     jobs = {}
     for job in races.race_jobs("race14", seeds):
         rnn, method = job.name.removeprefix("race14-").rsplit("-", 1)[0].split("-", 1)
