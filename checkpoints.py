@@ -31,7 +31,7 @@ RANGES = {name: (low, high) for names, low, high in (
     ("head_dim mem_dim", 0, 10 ** 6), ("ctx_len fut_len heads past", 0, 10 ** 7),
     ("n_heads enc_layers dec_layers rnn_layers", 1, 1000), ("n_val", 1, 10 ** 5),
     ("batch_size log_every span micro", 1, 10 ** 9), ("first ema decay", 0, 1),
-    ("rnn_from", 0, 0.9), ("lr", 1e-12, 1e18), ("seed", 0, 10 ** 18),
+    ("rnn_from", 0, 0.9), ("heads_part", 1e-9, 1), ("lr", 1e-12, 1e18), ("seed", 0, 10 ** 18),
     ("threads", 0, 1024),  # torch crashes on absurd numbers
 ) for name in names.split()}
 CHOICES = dict(rnn=tuple(sorted(UPDATERS)), encoder=("bidirectional", "causal"),

@@ -28,8 +28,8 @@ GROUPS = {  # of flags, in the order of --help
 
 USELESS = (  # flags, and the value of another one with which they change nothing
     ("rnn_layers", "rnn", "gru"), ("horizon", "times", 2),
-    ("lambda_fut octaves", "futures", 0), ("lambda_past", "past", 0),
-    ("lambda_heads", "heads", 0), ("heads", "lambda_heads", 0),
+    ("heads_part", "heads", 0), ("lambda_fut octaves", "futures", 0), ("lambda_past", "past", 0),
+    ("lambda_heads", "heads", 0), ("heads heads_part", "lambda_heads", 0),
     ("futures octaves first heads past lambda_fut lambda_past detach_dec decode_own",
      "lambda_dec", 0),
     *(("timestamps", "dataset", name) for name in datasets.TEXTS))
@@ -83,6 +83,7 @@ class Config(Options):
     warmup: float = flag("steps of linear warm-up; below 1: a part of the run")
     decay: float = flag("the rate falls to this part of lr, a cosine; 1 = it stays")
     ema: float = flag("average the weights with this decay; 0 = keep the newest")
+    heads_part: float = flag("part of the memories whose heads are asked for all F targets")
     compile: bool = flag("torch.compile the Transformer blocks", default=False)
     graph: bool = flag("replay updates as a CUDA graph; not tried yet", default=False)
 

@@ -89,6 +89,13 @@ def near_and_far(y: Tensor, t: Tensor, n: int, Tf: int, gen: torch.Generator) ->
     return b * S + (target - before - t[b, 0]).clamp(0, S - 1)
 
 
+def part(n: int, share: float, gen: torch.Generator, device) -> Tensor | slice:
+    """An index of a random part of n rows, at least one; of all of them if share is 1."""
+    if share == 1:
+        return slice(None)
+    return on_device(torch.randperm(n, generator=gen)[:max(1, round(share * n))], device)
+
+
 def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     """n rows about in proportion to score (N,) >= 0, hardly one of them twice -> (rows (n,),
     weights (n,)): the mean over them of weight * value estimates the mean of value over all N
@@ -127,12 +134,15 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         read = last_inputs(x, t, heads.P, heads.bos).flatten(0, 1)
         out["past"] = cross_entropy(said, read)
     if heads is not None and heads.F:
-        guess, ahead = heads(rows), next_targets(y, t, heads.F).flatten(0, 1)   # (N S, F, V)
+        ahead = next_targets(y, t, heads.F).flatten(0, 1)                       # (N S, F)
+        guess = heads(rows, 1)[:, 0]                                            # (N S, V)
+        far = part(len(rows), cfg.heads_part, gen, m.device)
         # the very next target counts as much as all of them together
-        out["heads"] = cross_entropy(guess, ahead) + cross_entropy(guess[:, 0], ahead[:, 0])
+        out["heads"] = cross_entropy(guess, ahead[:, 0]) + \
+            cross_entropy(heads(rows[far]), ahead[far])
         # How wrong the heads are says where to look; it shall not teach them to look wrong, hence
         # detach.
-        sure = guess[:, 0].detach().float()
+        sure = guess.detach().float()
         sure = F.pad(sure, (1, 0)) if sure.shape[1] == 1 else sure      # 0 is the other's logit
         right = sure.softmax(-1).gather(1, target.clamp(min=0)[:, None])
         wrong = (1 - right[:, 0]) * valid

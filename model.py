@@ -454,17 +454,18 @@ class Heads(nn.Module):
             if w is not None:
                 nn.init.zeros_(w.weight)  # as the decoder's: predictions start uniform
 
-    def forward(self, m: Tensor) -> Tensor:
-        """m (N, K, d) -> logits (N, F, V) of the next F valid targets, y_t and later."""
-        return self.logits(self.linear, m, self.F)
+    def forward(self, m: Tensor, n: int = 0) -> Tensor:
+        """m (N, K, d) -> logits (N, F, V) of the next F valid targets, y_t and later, or of the
+        first n of them, (N, n, V)."""
+        return self.logits(self.linear.weight.unflatten(0, (self.F, -1))[:n or self.F], m)
 
     def recall(self, m: Tensor) -> Tensor:
         """m (N, K, d) -> logits (N, P, inputs without BOS) of x_t, x_{t-1} .."""
-        return self.logits(self.past, m, self.P)
+        return self.logits(self.past.weight.unflatten(0, (self.P, -1)), m)
 
     @staticmethod
-    def logits(linear: nn.Linear, m: Tensor, n: int) -> Tensor:
-        """(N, n, V); of two symbols (N, n, 1), the logit of 1 over that of 0: half the work."""
-        w = linear.weight.unflatten(0, (n, -1))                                     # (n, V, K d)
+    def logits(w: Tensor, m: Tensor) -> Tensor:
+        """w (n, V, K d) -> (N, n, V); of two symbols (N, n, 1), the logit of 1 over that of 0: half
+        the work."""
         w = w[:, 1:] - w[:, :1] if w.shape[1] == 2 else w
-        return F.linear(m.flatten(1), w.flatten(0, 1)).unflatten(1, (n, -1))
+        return F.linear(m.flatten(1), w.flatten(0, 1)).unflatten(1, (len(w), -1))

@@ -51,6 +51,7 @@ PRESETS["laptop"] = {
     "first":             (0.25,         0.15,         1.0),
     "lambda_heads":      (_,            _,            0.0),  # BPTT as everyone has it
     "futures":           (48,           _,            _),
+    "heads_part": 1.0,
     "octaves":           (False,        _,            _),
     "lambda_fut":        (0.25,         _,            _),
     "lambda_past":       (2.0,          2.0,          _),
@@ -204,6 +205,9 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "rnn_from":          (0.6,          _,            _),
     "lambda_mse":        (_,            0.3,          _),
     "lr":                (_,            1e-3,         _),  # not to lose what SMT has found
+}
+KINDS["laptop", "permutation"] = KINDS["gpu", "permutation"] = {
+    "heads_part": 0.125,  # all 28 of every memory, of 120 symbols, would take two thirds of a step
 }
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),

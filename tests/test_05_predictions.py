@@ -210,6 +210,16 @@ def test_heads_against_a_loop():
     assert torch.allclose(got["heads"], mean(every) + mean(very_next), atol=1e-5)
 
 
+def test_a_part_of_the_heads_is_unbiased():
+    """--heads_part 0.25: every memory is asked for its next target, a quarter for all F; over many
+    draws the mean is that of asking all, within five standard errors."""
+    heads = tiny.heads(past=0)
+    once = lambda share, seed=0: \
+        asked(dict(heads_part=share), heads, seed=seed)[-1]["heads"].item()
+    got = torch.tensor([once(0.25, seed) for seed in range(400)])
+    assert got.std() > 1e-3 and abs(got.mean() - once(1.0)) < 5 * got.std() / len(got) ** 0.5
+
+
 def test_past_against_a_loop():
     """From every memory the last P inputs it has read; BOS is none of them."""
     heads = tiny.heads()

@@ -39,7 +39,7 @@ def objective(decoder: Decoder, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def main(argv) -> None:
     cfg, _ = flags.parse("transformer", flags.Config, argv, __doc__, recipe, unused=(
         "rnn", "encoder", "mem_tokens", "mem_dim", "rnn_layers", "ctx_len", "fut_len", "heads",
-        "past"))
+        "heads_part", "past"))
     device, task = trainer.setup(cfg)
     c = trainer.model_config(cfg, task)
     c = dataclasses.replace(c, dec_layers=c.enc_layers + c.dec_layers)

@@ -84,6 +84,9 @@ BAD = [  # command, what its one line must mention
     ("smt.py {TINY} --rnn_batch -1", "--rnn_batch"),
     ("smt.py {TINY} --heads -1", "--heads"),
     ("smt.py {TINY} --heads 9", "--heads 9 does not fit into sequences of 8; give at most 8"),
+    ("smt.py {TINY} --heads_part 0", "--heads_part"),
+    ("smt.py {TINY} --heads_part 2", "--heads_part"),
+    ("smt.py {TINY} --heads 0 --heads_part 0.5", "--heads_part means nothing with --heads 0"),
     ("smt.py {TINY} --past -1", "--past"),
     ("smt.py {TINY} --horizon 9", "--horizon 9 does not fit into sequences of 8; give at most 8"),
     ("smt.py {TINY} --times 9", "--times 9 does not fit"),
@@ -454,7 +457,7 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--lambda_dec 2 | --lambda_dyn 2 | --lambda_unif 2 | --detach_rnn | --times 4 | "
        "--rnn_batch 2 | --rnn_from 0 | "
        "--no-decode_own | --first 0.7 | --futures 3 | --lambda_fut 3 | --octaves | --horizon 1 | "
-       "--horizon 3 | --heads 0 | --heads 2 | --past 3 | --past 3 + --lambda_past 3 | "
+       "--horizon 3 | --heads 0 | --heads 2 | --heads_part 0.5 | --past 3 | --past 3 + --lambda_past 3 | "
        "--mem_dim 12 | --timestamps none | "
        "--timestamps encoder | --micro 2 | --encoder bidirectional | --fut_len 2 | "
        "--encoder bidirectional + --ctx_len 3 | --mem_tokens 3 | --d_model 20 | --n_heads 4 | "
@@ -464,9 +467,10 @@ SMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --warmup 3 | --warmup 0.5 | --de
        "--needle_range 5").split(" | ")
 DMT = ("--seed 1 | --batch_size 5 | --lr 0.01 | --lambda_dec 3 | --detach_dec | "
        "--lambda_mse 5 | --span 1 | --spans 5 | --first 0 | "
-       "--lambda_past 3 | --ema 0.05 | --horizon 1 | --horizon 3").split(" | ")
+       "--lambda_past 3 | --heads_part 0.5 | --ema 0.05 | --horizon 1 | --horizon 3").split(" | ")
 BPTT = ("--lr 0.01 | --truncate 1 | --truncate 2 | --truncate 7 | --init {tiny_smt} | "
-        "--first 0.5 | --lambda_heads 1 | --lambda_heads 1 + --heads 2").split(" | ")
+        "--first 0.5 | --lambda_heads 1 | --lambda_heads 1 + --heads 2 | "
+        "--lambda_heads 1 + --heads_part 0.5").split(" | ")
 WITHOUT = set("recompute dataset data_dir preset device threads compile graph ckpt init".split()) \
     | set(data.HELP)
 # where, on what (tests of the data see to those flags), from what and how it runs
