@@ -207,7 +207,10 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "lr":                (_,            1e-3,         _),  # not to lose what SMT has found
 }
 KINDS["laptop", "permutation"] = KINDS["gpu", "permutation"] = {
-    "heads_part": 0.125,  # all 28 of every memory, of 120 symbols, would take two thirds of a step
+    # every time asks for one of 120 symbols: all 28 heads of all memories would take two thirds of
+    # a step, the readout a fifth
+    "heads_part": 0.125,
+    "first":             (0.3,          0.3,          _),
 }
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),

@@ -22,10 +22,9 @@ import torch
 
 from console import fail
 from figures import style
-from figures.runs import Job, Lab, log, scores, stored, table, train
+from figures.runs import SMT_SHARE, Job, Lab, log, scores, stored, table, train
 from presets import recipe
 
-SMT_SHARE = 0.125  # of the minutes of a race
 UPDATERS = ("transformer", "mlp", "gru")
 RACES = {
     "race14": dict(minutes=6.0, seeds=(0, 1, 2), n_val=2000, span=16, flags=dict(

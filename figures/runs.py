@@ -25,6 +25,7 @@ from console import fail
 from sources.files import written_whole
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMT_SHARE = 0.125  # of the minutes of SMT and what follows it: races and synthetic tasks
 
 
 class Planned(Exception):
