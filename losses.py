@@ -135,11 +135,11 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
         out["past"] = cross_entropy(said, read)
     if heads is not None and heads.F:
         ahead = next_targets(y, t, heads.F).flatten(0, 1)                       # (N S, F)
-        guess = heads(rows, 1)[:, 0]                                            # (N S, V)
-        far = part(len(rows), cfg.heads_part, gen, m.device)
+        some = part(len(rows), cfg.heads_part, gen, m.device)
+        far = heads(rows[some])                                                 # (some, F, V)
+        guess = far[:, 0] if cfg.heads_part == 1 else heads(rows, 1)[:, 0]      # (N S, V)
         # the very next target counts as much as all of them together
-        out["heads"] = cross_entropy(guess, ahead[:, 0]) + \
-            cross_entropy(heads(rows[far]), ahead[far])
+        out["heads"] = cross_entropy(guess, ahead[:, 0]) + cross_entropy(far, ahead[some])
         # How wrong the heads are says where to look; it shall not teach them to look wrong, hence
         # detach.
         sure = guess.detach().float()
