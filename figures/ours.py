@@ -153,6 +153,8 @@ def pretrain(lab: Lab) -> tuple[str, str]:
             won.append(sum(a < b for a, b in pairs) / len(pairs))
             told.append(f"{style.METHODS[method][0]} is better than BPTT in "
                         f"{sum(a < b for a, b in pairs)} of {len(pairs)} cells")
+    if not won:  # some of its runs, and no two of a cell
+        return "nothing to compare yet", "open"
     return ", ".join(told), "agrees" if min(won) == 1 else "open" if max(won) > 0.5 else "disagrees"
 
 
