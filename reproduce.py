@@ -94,7 +94,7 @@ FIGURES = {
              "14×14, GRU: the paper's SMT and DMT at laptop sizes, 3 + 3 minutes, beside race14",
              cost.pace),
     "pretrain": ("the title: SMT pretrains what BPTT then trains",
-                 "SMT → BPTT against BPTT alone, equal minutes: race14's runs, and permutation",
+                 "plain BPTT after SMT, after SMT → DMT, and alone: race14's runs, and permutation",
                  ours.pretrain),
     "clock": ("not in the paper: who must be told the time?",
               "14×14, timestamps for all, for the encoder, for none; 2 minutes a run", ours.clock),
