@@ -206,18 +206,18 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "lambda_mse":        (_,            0.3,          _),
     "lr":                (_,            1e-3,         _),  # not to lose what SMT has found
 }
-KINDS["laptop", "permutation"] = KINDS["gpu", "permutation"] = {
-    # every time asks for one of 120 symbols: all 28 heads of all memories would take two thirds of
-    # a step, the readout a fifth
-    "heads_part": 0.125,
-    "first":             (0.3,          0.3,          _),
-}
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),
     "span":              (_,            32,           _),
     "horizon":           (_,            0,            _),
     "recompute":         (_,            _,            0),  # T = 64 fits
+}
+KINDS["laptop", "permutation"] = KINDS["gpu", "permutation"] = {
+    # every time asks for one of 120 symbols: all 28 heads of all memories would take two thirds of
+    # a step, the readout a fifth
+    "heads_part": 0.125,
+    "first":             (0.3,          0.3,          _),
 }
 KINDS["paper", "mnist"] = {
     "levels": 256,

@@ -4,8 +4,8 @@
     python smt.py --dataset mnist                   # 14x14 on a CPU, 28x28 on a GPU
     python smt.py --dataset retrieval --detach_rnn  # ablation: L_dyn does not shape the memories
 
-The encoder makes the memories of all times at once; the RNN, which joins half-way, learns all their
-transitions at once, and from memories of its own. A gradient crosses one update.
+The encoder makes the memories of all times at once; the RNN, which joins half-way, learns the
+transitions of some sequences at once, also from memories of its own. A gradient crosses one update.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli

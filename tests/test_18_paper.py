@@ -10,6 +10,7 @@ import data
 import dmt
 import flags
 import model
+import presets
 import smt
 import trainer
 
@@ -196,3 +197,13 @@ def test_every_dataset_has_a_recipe():
             got = resolved(script, dataset)
             unset = {k for k, v in got.items() if v is None} - set(data.HELP)
             assert not unset and {k: got[k] for k in options}.keys() == options.keys()
+
+
+@pytest.mark.parametrize("preset, kind", [k for k in presets.KINDS if k[1] in data.SYNTHETIC])
+def test_a_task_has_the_last_word(preset, kind):
+    """What is said of one task holds there, whatever is said of all synthetic ones."""
+    for column, method in enumerate(presets.METHODS):
+        got = presets.recipe(method, preset, data.kinds(kind, "gru"))
+        for flag, value in presets.KINDS[preset, kind].items():
+            value = value[column] if isinstance(value, tuple) else value
+            assert value is None or got[flag] == value, (method, flag)
