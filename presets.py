@@ -166,6 +166,7 @@ KINDS["laptop", "transformer"] = {
 }
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
+    "lr":                (1.2e-2,       _,            _),  # SMT is short here
     "minutes":           (2.5,          17.5,         20.0),
 }
 KINDS["laptop", "sketchy"] = {

@@ -34,7 +34,7 @@ RACES = {
     # four times the pixels: smaller batches, and longer spans
     "race28": dict(minutes=40.0, seeds=(0,), n_val=2000, n_test=1000, span=64, flags=dict(
         smt=dict(dataset="mnist", image_size=28, n_val=50, batch_size=6, fut_len=56, heads=56,
-                 past=224),
+                 past=224, lr=5e-3),
         dmt=dict(n_val=50, batch_size=128, eval_every=200),
         bptt=dict(n_val=50, batch_size=24, eval_every=40, ckpt_every=25)),
         cheap=dict(eval_every=75, heads=56)),  # as many heads as SMT has; shorter steps
