@@ -205,7 +205,7 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "rnn_batch":         (32,           _,            _),
     "rnn_from":          (0.6,          _,            _),
     "lambda_mse":        (_,            0.3,          _),
-    "lr":                (_,            1e-3,         _),  # not to lose what SMT has found
+    "lr":                (1.2e-2,       1e-3,         _),  # DMT: not to lose what SMT has found
 }
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),
