@@ -185,7 +185,7 @@ KINDS["any", "synthetic"] = {  # the paper: Tc = Tf = T for these
 KINDS["laptop", "synthetic"] = {
     "minutes":           (2.5,          7.5,          10.0),
     "batch_size":        (64,           64,           64),
-    "lr":                (_,            5e-3,         5e-3),
+    "lr":                (1.2e-2,       5e-3,         5e-3),
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
     "futures":           (32,           _,            _),
@@ -205,7 +205,7 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "rnn_batch":         (32,           _,            _),
     "rnn_from":          (0.6,          _,            _),
     "lambda_mse":        (_,            0.3,          _),
-    "lr":                (1.2e-2,       1e-3,         _),  # DMT: not to lose what SMT has found
+    "lr":                (_,            1e-3,         _),  # not to lose what SMT has found
 }
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),
