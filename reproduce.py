@@ -81,7 +81,7 @@ FIGURES = {
     "reach": ("not in the paper: how far back does it reach, and after how long?",
               "retrieval, T = 64 to 1024 with the GRU, to 128 with the others, up to 8 minutes",
               tasks.reach),
-    "labels": ("labels replace backpropagation through time",
+    "labels": ("with gradients across one update, labels teach the RNN",
                "the easiest points of fig3, GRU, gradients that cross one update, with labels and "
                "without, 3 minutes a run", tasks.labels),
     "binding": ("associative recall: SMT → DMT beats BPTT (in 8 minutes, not in 18)",

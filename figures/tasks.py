@@ -112,7 +112,7 @@ def fig3(lab: Lab) -> tuple[str, str]:
 def judged(rows: list[dict]) -> tuple[str, str]:
     """At how many points SMT -> DMT is nearer to the optimum than BPTT, with heads or without, in
     the mean over seeds. Where both are within 0.001 nats of it the task is solved, and what is
-    within two standard errors, over test sequences, is a tie: nobody wins."""
+    within two standard errors, over test sequences and seeds, is a tie: nobody wins."""
     points, count = {}, dict(nearer=0, lost=0, solved=0, tie=0)
     for r in rows:
         points.setdefault((r["task"], r.get("value")), {}).setdefault(r["method"], []).append(r)
@@ -121,7 +121,9 @@ def judged(rows: list[dict]) -> tuple[str, str]:
         rival = min(("bptt", "bptt-heads"), key=lambda m: mean.get(m, math.inf))
         if "dmt" in at and rival in at:
             dmt, bptt = mean["dmt"], mean[rival]
-            error = math.hypot(*(r["stderr"] / len(at[m]) for m in ("dmt", rival) for r in at[m]))
+            error = math.hypot(*(r["stderr"] / len(at[m]) for m in ("dmt", rival) for r in at[m]),
+                               *(np.std([r["excess"] for r in at[m]], ddof=1) / len(at[m]) ** 0.5
+                                 for m in ("dmt", rival) if len(at[m]) > 1))
             count["solved" if max(dmt, bptt) < 1e-3 else "tie" if abs(dmt - bptt) <= 2 * error else
                   "nearer" if dmt < bptt else "lost"] += 1
     return f"SMT → DMT is nearer to the optimum than BPTT at {count['nearer']} of " \

@@ -212,7 +212,8 @@ def test_numbers_in_the_text():
     for preset in ("laptop", "gpu", "paper"):
         c = resolved(smt, preset)
         sizes = f"d {c['d_model']}, K {c['mem_tokens']}, " \
-                f"{c['enc_layers']} + {c['dec_layers']} + {c['rnn_layers']} layers"
+                f"{c['enc_layers']} + {c['dec_layers']} + " \
+                f"{'GRU' if c['rnn'] == 'gru' else c['rnn_layers']}"
         assert re.search(rf"`{preset}` \|[^|]*\| {re.escape(sizes)} ", README), sizes
     paper = resolved(smt, "paper")
     assert f"{paper['batch_size'] // paper['micro']} sequences of a `paper` step" in README
