@@ -149,8 +149,11 @@ class Bench:
             losses, made = dmt.objective(self.rnn, self.heads, self.walk, self.one, self.dmt,
                                          self.gen)
         self.learn(losses["loss"], self.optimizers)
-        with autocast(self.device):
-            dmt.go_on(self.walk, made, self.task, self.encoder, self.task.T, self.gen)
+        if self.dmt.spans:
+            self.dmt_sets_out()  # new sequences for every step
+        else:
+            with autocast(self.device):
+                dmt.go_on(self.walk, made, self.task, self.encoder, self.task.T, self.gen)
         return made.shape[0] * made.shape[1]
 
     def dmt_reference(self) -> int:

@@ -95,6 +95,10 @@ def main(argv) -> None:
         demand_rnn(rnn, ckpt)
     else:
         rnn, encoder, decoder = RNN(trainer.model_config(cfg, task)).to(device), None, None
+    if cfg.truncate and (cfg.first < 1 or cfg.lambda_heads) and task.density(task.T) < 1:
+        # pieces are weighed by their targets, and those without any would ask heads for nothing
+        fail(f"--truncate with --lambda_heads, or --first below 1, needs a target at every time, "
+             f"and {cfg.dataset} has fewer; leave one of them out")
     c = dataclasses.replace(rnn.c, past=0)  # nobody asks for it here
     heads = Heads(c).to(device) if cfg.lambda_heads and c.heads else None
     if heads is not None and ckpt and "heads" in ckpt:

@@ -120,7 +120,7 @@ def cli(main) -> None:
         if not any(s in str(e) for s in signs) and type(e) is not MemoryError:
             raise
         line = f"out of memory ({str(e)[:200]}); train with a smaller --batch_size or smaller " \
-            "sizes (bptt.py: --recompute 28); elsewhere ask for fewer: --n, --n_test"
+            "sizes (bptt.py: --recompute 28); elsewhere ask for less: --n, --n_test, --length"
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(line.split())}", file=sys.stderr)
     try:
         sys.stdout.flush()

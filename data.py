@@ -120,6 +120,8 @@ def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
             o[key] = float(value)
         elif type(value) is not kind and value is not None:
             raise DataError(f"--{key}: expected {kind.__name__}, got {value!r}")
+        if kind in (int, float) and value is not None:
+            check(abs(value) <= 1e12, key, value, "a number from -1e12 to 1e12")
     if "variant" in o:
         check(o["variant"] in VARIANTS, "variant", o["variant"], " or ".join(VARIANTS))
     if name == "glyphs":

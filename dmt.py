@@ -42,7 +42,8 @@ class Config(flags.Config):
     detach_dec: bool = flag("predictions teach the readout alone; the paper: yes")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
-    horizon: int = flag("updates the RNN runs alone, about; 0 = 16 at first, all in the end")
+    horizon: int = flag("updates the RNN runs alone, about, but a span at least; 0 = 16 at first, "
+                        "all in the end")
 
 
 def horizon_at(progress: float, most: int) -> int:

@@ -145,7 +145,7 @@ def parse(script: str, Flags, argv, doc: str, recipe=None, unused: tuple = ()):
         there = [f for f in ("ckpt.pt", "best.pt", "config.json")
                  if not ranks.RANK and os.path.exists(os.path.join(out_dir, f))]
         if there and "ckpt.pt" not in there and not given.get("overwrite"):
-            fail(f"--out_dir {out_dir} holds {there[0]} of a run whose ckpt.pt is gone; give "
+            fail(f"--out_dir {out_dir} holds {there[0]} of a run without ckpt.pt; give "
                  "--overwrite or another --out_dir")
         if there and not given.get("overwrite"):
             fail(f"--out_dir {out_dir} already holds a run; give --resume, --overwrite or "
@@ -246,6 +246,12 @@ def refuse_nonsense(cfg) -> None:
     if asked and not any(getattr(cfg, k) for k in asked):
         fail("--futures, --first and --heads are all 0, so no memory need hold anything; give one "
              "of them")
+    if getattr(cfg, "detach_dec", False) and not cfg.lambda_mse:
+        fail("--lambda_mse 0 with --detach_dec leaves the RNN nothing to learn from; leave one of "
+             "them out")
+    if not getattr(cfg, "decode_own", True) and not cfg.lambda_dyn:
+        fail("--lambda_dyn 0 with --no-decode_own leaves the RNN nothing to learn from; leave one "
+             "of them out")
     if hasattr(cfg, "lambda_heads") and not cfg.first:
         fail("--first 0 leaves BPTT no output to learn from; give more than 0; 1 = all of them")
     if cfg.batch_size % getattr(cfg, "micro", 1):
@@ -283,6 +289,11 @@ def load_data(config: dict, device: str, ckpt: dict | None = None) -> Data:
     name = config["dataset"]
     options = {k: config.get(k) for k in datasets.OPTIONS[name]}
     task = datasets.load(name, data_dir=config["data_dir"], device=device, **options)
+    there = ckpt and all(config.get(k) == ckpt["config"].get(k) for k in ("data_dir", "data_file"))
+    if there and ckpt.get("data", "") not in ("", task.mark):  # its test part may have been learnt
+        raise CheckpointError(f"{ckpt['path']}: it has learnt from another text, or other "
+                              "pictures, than are there now; put them back, or name the place of "
+                              "others (--data_dir, --data_file)")
     if ckpt and any(ckpt["model"].get(k) != getattr(task, k) for k in ("vocab", "n_out", "T")):
         raise CheckpointError(f"{ckpt['path']}: its networks do not fit the sequences of {name} "
                               "that its config describes; it is damaged or of another version")

@@ -146,7 +146,7 @@ def main(argv) -> None:
             return say(f"{name} | stopped after {a.stop_after:g} minutes; runs are saved, the same "
                        "command goes on")
     if skipped:
-        fail(f"not made: {', '.join(skipped)}; the reasons are above")
+        fail(f"not made: {', '.join(skipped)}; the first: {next(iter(skipped.values()))}")
 
 
 def make(lab: Lab, name: str) -> None:
@@ -282,12 +282,14 @@ def read_flags(argv):
         fail("--quick makes new numbers and --draw makes none; give one of them")
     if a.list:
         refuse("quick draw together device n_test only stop_after", flags_in(argv), "with --list")
+    if a.draw:
+        refuse("together device seeds n_test only stop_after", flags_in(argv), "with --draw")
     for name in ("runs_dir", "results_dir"):
         if os.path.exists(getattr(a, name)) and not os.path.isdir(getattr(a, name)):
             fail(f"--{name} {getattr(a, name)} is no folder; give another")
     demand("together", a.together, 1, 1000)
     demand("seeds", a.seeds, 0, 1000)
-    demand("n_test", a.n_test, 0, 10 ** 9)
+    demand("n_test", a.n_test, 0, 10 ** 5)
     demand("stop_after", a.stop_after, 0, math.inf)
     return a
 

@@ -120,6 +120,8 @@ def read_flags(argv):
     for name, low, high in (("n", 0, 10_000), ("chars", 1, 10 ** 7), ("temperature", 0, 1e18),
                             ("top_k", 0, 10 ** 6), ("seed", 0, 10 ** 18)):
         demand(name, getattr(a, name), low, high)
+    if not a.out.lower().endswith(".png"):
+        fail(f"--out {a.out}: pictures are written as PNG; give a name that ends with .png")
     return a
 
 

@@ -8,7 +8,7 @@ The encoder makes the memories of all times at once; the RNN, which joins half-w
 transitions of some sequences at once, also from memories of its own. A gradient crosses one update.
 """
 # before the slow imports, during which it answers Ctrl-C
-from console import cli
+from console import cli, fail, flags_in
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +153,20 @@ def hand_over(encoder: Encoder, decoder: Decoder, rnn: RNN) -> None:
     rnn.m0.copy_(encoder(bos, torch.zeros(1, dtype=torch.int64))[0, 0])
 
 
+def times_to_draw(cfg: Config, c: ModelConfig, task, argv) -> int:
+    """How many of a sequence's times, from 0 on, a step may draw. Raises UserError."""
+    # a causal encoder makes labels for t < Tc alone
+    most = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
+    if not cfg.times or task.timestamps:
+        return most
+    # a text goes on behind its window: draw times whose whole future lies inside
+    most, wanted = min(most, task.T - c.fut_len + 1), cfg.times if "times" in flags_in(argv) else 2
+    if most < wanted:
+        fail(f"--times: a step needs {wanted}, and --fut_len {c.fut_len} and --ctx_len {c.ctx_len} "
+             f"leave {max(0, most)} of the {task.T} of a window; give less, or a longer --length")
+    return most
+
+
 def main(argv) -> None:
     cfg, _ = flags.parse("smt", Config, argv, __doc__)
     device, task = trainer.setup(cfg)
@@ -165,11 +179,7 @@ def main(argv) -> None:
     # are copies of the teacher's and not trained.
     teacher = [p for name, net in nets.items() if name != "rnn" for p in net.parameters()]
     trained = [teacher, [*rnn.updater.parameters()]]
-    # a causal encoder makes labels for t < Tc alone
-    most = min(task.T, c.ctx_len) if c.encoder == "causal" else task.T
-    if cfg.times and not task.timestamps:
-        # a text goes on behind its window: draw times whose whole future lies inside
-        most = max(2, most - c.fut_len + 1)
+    most = times_to_draw(cfg, c, task, argv)
 
     mine = ranks.share(cfg)  # cfg; under torchrun with this process's part of the batch
     run = trainer.Run("smt", cfg, nets, trained, c, task, device)

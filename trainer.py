@@ -331,7 +331,7 @@ class Run:
     def record(self, row: dict) -> None:
         """One row a step in history and log.csv: an evaluation joins the log line before it, whose
         seconds stay those of the step."""
-        row = dict(step=self.step, seconds=round(self.elapsed(), 2), tokens=self.tokens,
+        row = dict(step=self.step, seconds=round(self.elapsed(), 4), tokens=self.tokens,
                    layers=self.layers) | row
         if self.history and self.history[-1]["step"] == self.step:
             before = self.history.pop()
@@ -376,7 +376,7 @@ class Run:
             last = f"the last good checkpoint is {path}" if os.path.exists(path) else \
                 "there is no checkpoint yet"
             fail(f"{', '.join(bad)} is not finite at step {self.step}; {last}; train again with a "
-                 "smaller --lr")
+                 "smaller --lr, and --overwrite")
 
     # ------------------------------------------------------------------------------ checkpoints
 

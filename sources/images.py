@@ -259,7 +259,9 @@ def picture_files(data_dir):
 def sketchy_files(data_dir):
     """(folder, files): the largest sketchy_*.npz, many drawings in one file, or all pictures."""
     for folder in (Path(data_dir, sub) for sub in ("sketchy", "sketch", "")):
-        if packed := [path for path in folder.glob("sketchy_*.npz") if path.is_file()]:
+        # a packed copy of ours, in a folder whose name begins so, has its fingerprint beside it
+        if packed := [path for path in folder.glob("sketchy_*.npz") if path.is_file()
+                      and not os.path.exists(f"{path}.sha256")]:
             return folder, [max(packed, key=lambda path: path.stat().st_size)]
     for folder in (Path(data_dir, sub) for sub in SKETCHY):
         if paths := sorted(path for path in folder.glob("*/*.png") if path.is_file()):

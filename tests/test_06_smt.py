@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from tiny import B, D, K, M, T, gen, networks, recipe, sequences
 
+import data
 import smt
 from checkpoints import build, load_checkpoint
 from losses import cross_entropy
@@ -87,6 +88,15 @@ def rollout_by_hand(nets, x):
         m = rnn.update(m, x[:, t], torch.full((len(x),), t)).detach()
         made.append(m)
     return torch.stack(made, 1), label
+
+
+def test_texts_draw_times_whose_future_is_in_the_window():
+    """Of T times the first T - Tf + 1, and of a causal encoder those before Tc."""
+    task = data.load("pydoc", length=24)
+    for Tc, Tf, encoder, most in ((24, 10, "causal", 15), (12, 10, "causal", 12),
+                                  (12, 10, "bidirectional", 15), (24, 1, "causal", 24)):
+        c = tiny.config(T=24, ctx_len=Tc, fut_len=Tf, encoder=encoder, timestamps="none")
+        assert smt.times_to_draw(recipe(smt, times=4), c, task, []) == most
 
 
 def test_on_policy_transitions_start_from_the_rnns_memory():

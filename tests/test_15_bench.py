@@ -54,6 +54,8 @@ def test_transitions_are_counted_as_they_are_learnt():
     assert b.smt_ours(False, plain=True) == 5
     assert not torch.equal(before, b.rnn.updater.cell.weight_hh)
     assert b.dmt_ours() == b.dmt_ours() == 10 * 7  # spans are cut to the sequence
+    b.dmt, b.walk = dataclasses.replace(b.dmt, spans=6), None
+    assert b.dmt_ours() == b.dmt_ours() == 6 * 7  # random ones, of new sequences
 
 
 def test_interleaved_calls_take_turns():

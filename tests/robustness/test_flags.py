@@ -146,7 +146,15 @@ def test_flags_that_read_a_checkpoint(script, kind, command, runs, tmp_path, mon
     "sample.py --ckpt {picture}/ckpt.pt --data_dir .",
     "evaluate.py --ckpt {synthetic}/ckpt.pt --data_dir .",
     "evaluate.py --ckpt {picture}/ckpt.pt --data_file x", "bench.py --dataset parity --data_dir .",
-    "evaluate.py --ckpt {synthetic}/ckpt.pt --seed 1"])
+    "evaluate.py --ckpt {synthetic}/ckpt.pt --seed 1",
+    "reproduce.py fig3 --draw --seeds 5", "reproduce.py fig3 --draw --n_test 7",
+    "dmt.py --ckpt {synthetic}/ckpt.pt {RUN} --lambda_mse 0 --detach_dec",
+    "smt.py {TASK} {SIZES} {RUN} --lambda_dyn 0 --no-decode_own",
+    "bptt.py {TASK} {SIZES} {RUN} --truncate 4 --lambda_heads 1",
+    "bptt.py {TASK} {SIZES} {RUN} --truncate 4 --first 0.5",
+    "sample.py --ckpt {picture}/ckpt.pt --out x.jpg",
+    "smt.py --dataset pydoc --length 9 {SIZES} {RUN} --fut_len 4 --times 7",
+    "smt.py --preset paper --dataset pydoc --length 16 {SIZES} --steps 1 --times 2"])
 def test_what_means_nothing_is_refused(line, command, runs, tmp_path, monkeypatch):
     """Each of these was accepted and ignored once."""
     monkeypatch.chdir(tmp_path)

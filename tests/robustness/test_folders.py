@@ -335,6 +335,18 @@ def test_the_largest_packed_file_counts(tmp_path):
         assert sum(map(len, got.values())) == 120
 
 
+def test_a_copy_is_not_taken_for_drawings(tmp_path):
+    """The packed copy of a folder called sketchy_256 lies in it, and has a name that begins so."""
+    for i in range(90):
+        path = tmp_path / "sketchy_256" / "bee" / f"n{i // 3}-{i % 3}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 255 * (i % 2)).save(path)
+    for _ in range(2):
+        got = pictures.folder_images("sketchy", tmp_path / "sketchy_256", 8)
+        assert sum(map(len, got.values())) == 90
+    assert list((tmp_path / "sketchy_256").glob("sketchy_256.*.npz"))
+
+
 @pytest.mark.parametrize("changes", [
     dict(filenames=None), dict(shape=None), dict(shape=np.array([16, 17])), dict(shape=np.array([4])),
     dict(images_packed=np.zeros((3, 5), np.uint8)), dict(images_packed=np.zeros((120, 32))),
@@ -412,6 +424,14 @@ def test_own_text_stays_the_one_trained_on(command, tmp_path, monkeypatch):
                    "--out_dir run")[0] == 0
     monkeypatch.chdir("run")
     assert command("evaluate.py --ckpt ckpt.pt --n_test 2")[0] == 0
+    whole = (tmp_path / "tale.txt").read_text()
+    (tmp_path / "tale.txt").write_text(whole[:-900])  # where the test part was there is training
+    for line in ("evaluate.py --ckpt ckpt.pt --n_test 2",
+                 "bptt.py --init ckpt.pt {RUN} --n_val 2 --out_dir bptt",
+                 "dmt.py --ckpt ckpt.pt {RUN} --n_val 2 --out_dir dmt"):
+        code, _, err = command(line)
+        assert code == 2 and "another text" in err and err.count("\n") == 1, err
+    (tmp_path / "tale.txt").write_text(whole)
     (tmp_path / "tale.txt").rename(tmp_path / "moved.txt")
     code, _, err = command("evaluate.py --ckpt ckpt.pt --n_test 2")
     assert code == 2 and "--data_file" in err
