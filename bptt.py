@@ -84,6 +84,15 @@ def demand_rnn(rnn: RNN | None, ckpt: dict) -> None:
              "give one of smt.py, dmt.py or bptt.py")
 
 
+def demand_targets(cfg: Config, task) -> None:
+    """Refuse pieces that ask heads, or a part of their memories, where few times have a target.
+    Raises UserError."""
+    # pieces are weighed by their targets, and those without any would ask heads for nothing
+    if cfg.truncate and (cfg.first < 1 or cfg.lambda_heads) and task.density(task.T) < 1:
+        fail("--truncate with --lambda_heads, or --first below 1, needs a target at every time, "
+             f"and {cfg.dataset} has fewer; leave one of them out")
+
+
 def main(argv) -> None:
     # The encoder's flags would be accepted and forgotten: nobody makes labels here.
     cfg, ckpt = flags.parse("bptt", Config, argv, __doc__,
@@ -95,10 +104,7 @@ def main(argv) -> None:
         demand_rnn(rnn, ckpt)
     else:
         rnn, encoder, decoder = RNN(trainer.model_config(cfg, task)).to(device), None, None
-    if cfg.truncate and (cfg.first < 1 or cfg.lambda_heads) and task.density(task.T) < 1:
-        # pieces are weighed by their targets, and those without any would ask heads for nothing
-        fail(f"--truncate with --lambda_heads, or --first below 1, needs a target at every time, "
-             f"and {cfg.dataset} has fewer; leave one of them out")
+    demand_targets(cfg, task)
     c = dataclasses.replace(rnn.c, past=0)  # nobody asks for it here
     heads = Heads(c).to(device) if cfg.lambda_heads and c.heads else None
     if heads is not None and ckpt and "heads" in ckpt:
