@@ -272,7 +272,7 @@ def test_a_race_is_judged_by_paired_differences_and_a_tie_is_no_win():
 
 
 def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
-    """Means over seeds; both within 0.001 nats of the optimum, or two standard errors apart, is no
+    """Means over seeds; both within 0.001 nats of the optimum, or two standard errors, is no
     win; a point that one of them lacks is left out."""
     row = lambda task, method, excess, stderr=0.01: dict(task=task, method=method, excess=excess,
                                                          stderr=stderr)
@@ -290,8 +290,12 @@ def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
     assert "at 0 of 4 points, BPTT at 1, a tie at 2" in tasks.judged(rows + heads)[0]
     lost = [row("lost", "dmt", 2.0), row("lost", "bptt", 1.0)]
     assert tasks.judged(rows + lost)[1] == "open" and tasks.judged(lost)[1] == "disagrees"
-    more = [row("tie of means", "bptt", 0.3)]  # now 0.15 against 0.21
-    assert "at 2 of 5 points, BPTT at 1, a tie at 1" in tasks.judged(rows + lost + more)[0]
+    # seeds that differ say as little as test sequences that do: 0.1 against 0.2, and one seed of 0.1
+    near, far = ([row("seeds", m, v) for m, v in (("dmt", 0.1), ("dmt", 0.102), ("bptt", low),
+                                                  ("bptt", high))]
+                 for low, high in ((0.199, 0.201), (0.1, 0.3)))
+    assert "at 2 of 5 points, BPTT at 0, a tie at 2" in tasks.judged(rows + near)[0]
+    assert "at 1 of 5 points, BPTT at 0, a tie at 3" in tasks.judged(rows + far)[0]
 
 
 def test_the_better_rate_of_bptt_counts():
