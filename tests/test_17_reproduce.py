@@ -272,8 +272,8 @@ def test_a_race_is_judged_by_paired_differences_and_a_tie_is_no_win():
 
 
 def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
-    """Means over seeds; both within 0.001 nats of the optimum, or two standard errors, is no
-    win; a point that one of them lacks is left out."""
+    """Means over seeds; both within 0.001 nats of the optimum, or two standard errors apart, is
+    no win; a point that one of them lacks is left out."""
     row = lambda task, method, excess, stderr=0.01: dict(task=task, method=method, excess=excess,
                                                          stderr=stderr)
     rows = [row("solved", "dmt", 1e-9), row("solved", "bptt", 9e-4, 1e-6),

@@ -22,7 +22,7 @@ LONG = "--steps 24 --ckpt_every 6 --log_every 4 --eval_every 8 --warmup 3"
 START = {
     "smt": "{TINY} --lr 0.02 --micro 2 --horizon 5",
     "dmt": "{RUN} --ckpt {tiny_smt} --span 2",
-    "bptt": "{TINY} --truncate 3 --first 0.5 --lambda_heads 1",
+    "bptt": "--dataset parity --length 8 {SIZES} {RUN} --truncate 3 --first 0.5 --lambda_heads 1",
     "transformer": "{TINY}",
 }
 
