@@ -291,9 +291,10 @@ def load_data(config: dict, device: str, ckpt: dict | None = None) -> Data:
     task = datasets.load(name, data_dir=config["data_dir"], device=device, **options)
     there = ckpt and all(config.get(k) == ckpt["config"].get(k) for k in ("data_dir", "data_file"))
     if there and ckpt.get("data", "") not in ("", task.mark):  # its test part may have been learnt
+        advice = "use the Python it was trained with, whose help it read" if name == "pydoc" else \
+            "put them back, or name the place of others (--data_dir, --data_file)"
         raise CheckpointError(f"{ckpt['path']}: it has learnt from another text, or other "
-                              "pictures, than are there now; put them back, or name the place of "
-                              "others (--data_dir, --data_file)")
+                              f"pictures, than are there now; {advice}")
     if ckpt and any(ckpt["model"].get(k) != getattr(task, k) for k in ("vocab", "n_out", "T")):
         raise CheckpointError(f"{ckpt['path']}: its networks do not fit the sequences of {name} "
                               "that its config describes; it is damaged or of another version")

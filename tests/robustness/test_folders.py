@@ -415,6 +415,16 @@ def test_own_pictures_stay_those_trained_on(command, tmp_path, monkeypatch):
     assert seen == [str(mine), str(mine), str(other)]
 
 
+def test_another_python_has_other_help(command, tmp_path, monkeypatch):
+    """pydoc's text comes with Python: the advice names no file."""
+    from pydoc_data.topics import topics
+    run = f"smt.py --dataset pydoc --length 8 {{SIZES}} {{RUN}} --n_val 2 --out_dir {tmp_path}/run"
+    assert command(run)[0] == 0
+    monkeypatch.setitem(topics, "assert", topics["assert"] + "!")
+    code, _, err = command(f"evaluate.py --ckpt {tmp_path}/run/ckpt.pt --n_test 2")
+    assert code == 2 and "use the Python it was" in err and err.count("\n") == 1, err
+
+
 def test_own_text_stays_the_one_trained_on(command, tmp_path, monkeypatch):
     """A run on a text of one's own is evaluated from any folder, and finds the text again when it
     has moved."""
