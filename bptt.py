@@ -77,11 +77,23 @@ def sequential_layers(c: ModelConfig, T: int) -> int:
     return (T - 1) * c.update_layers + c.dec_layers
 
 
-def demand_rnn(rnn: RNN | None, ckpt: dict) -> None:
-    """Refuse a checkpoint without one. Raises UserError."""
-    if rnn is None:
-        fail(f"--init {ckpt['path']} holds no RNN (it is from {ckpt['script']}.py); "
-             "give one of smt.py, dmt.py or bptt.py")
+def begin(cfg: Config, ckpt: dict | None, task, device: str) -> tuple[dict, ModelConfig]:
+    """Networks by name, new ones or those of --init: the RNN, heads where --lambda_heads wants
+    them, and a checkpoint's teacher, which is carried along untrained, so that evaluate.py still
+    says how far the RNN is from it. Raises UserError where a checkpoint has no RNN."""
+    if ckpt:
+        rnn, encoder, decoder = networks(ckpt, device)
+        if rnn is None:
+            fail(f"--init {ckpt['path']} holds no RNN (it is from {ckpt['script']}.py); "
+                 "give one of smt.py, dmt.py or bptt.py")
+    else:
+        rnn, encoder, decoder = RNN(trainer.model_config(cfg, task)).to(device), None, None
+    c = dataclasses.replace(rnn.c, past=0)  # nobody asks for it here
+    heads = Heads(c).to(device) if cfg.lambda_heads and c.heads else None
+    if heads is not None and ckpt and "heads" in ckpt:
+        heads.linear = build(ckpt, "heads")[0].linear.to(device)  # they know these memories
+    nets = dict(encoder=encoder, decoder=decoder, rnn=rnn, heads=heads)
+    return {name: net for name, net in nets.items() if net is not None}, c
 
 
 def demand_targets(cfg: Config, task) -> None:
@@ -100,20 +112,9 @@ def main(argv) -> None:
                             unused=("encoder", "enc_layers", "ctx_len", "fut_len", "past"))
     device, task = trainer.setup(cfg, ckpt)
     flags.demand_fits(cfg, task.T, argv)
-    if ckpt:
-        rnn, encoder, decoder = networks(ckpt, device)
-        demand_rnn(rnn, ckpt)
-    else:
-        rnn, encoder, decoder = RNN(trainer.model_config(cfg, task)).to(device), None, None
     demand_targets(cfg, task)
-    c = dataclasses.replace(rnn.c, past=0)  # nobody asks for it here
-    heads = Heads(c).to(device) if cfg.lambda_heads and c.heads else None
-    if heads is not None and ckpt and "heads" in ckpt:
-        heads.linear = build(ckpt, "heads")[0].linear.to(device)  # they know these memories
-    # A checkpoint's teacher is carried along, untrained: evaluate.py still says how far the RNN is
-    # from it.
-    nets = {k: v for k, v in dict(encoder=encoder, decoder=decoder, rnn=rnn, heads=heads).items()
-            if v is not None}
+    nets, c = begin(cfg, ckpt, task, device)
+    rnn, heads = nets["rnn"], nets.get("heads")
     trained = [p for net in (rnn, heads) if net is not None for p in net.parameters()]
 
     mine = ranks.share(cfg)  # all of it, but under torchrun
