@@ -120,7 +120,7 @@ def main(argv) -> None:
     a = read_flags(argv)
     lab = Lab(SCRIPTS, runs=a.runs_dir, results=a.results_dir, data_dir=a.data_dir,
               device=a.device, quick=a.quick, draw=a.draw, together=a.together, n_test=a.n_test,
-              seeds=tuple(range(a.seeds)), only=a.only)
+              seeds=tuple(range(a.first_seed, a.first_seed + a.seeds)), only=a.only)
     if a.stop_after:
         lab.stop_at = time.time() + 60 * a.stop_after
     if a.list:
@@ -138,7 +138,7 @@ def main(argv) -> None:
     skipped = {}
     for name in list(FIGURES) if "all" in a.figures else a.figures:
         try:
-            make(lab, name)
+            make(lab, name, asked=name in a.figures)
         except UserError as e:
             skipped[name] = str(e)
             say(f"{name} | skipped: {e}")
@@ -149,10 +149,12 @@ def main(argv) -> None:
         fail(f"not made: {', '.join(skipped)}; the first: {next(iter(skipped.values()))}")
 
 
-def make(lab: Lab, name: str) -> None:
-    """One figure: runs, numbers, picture, and its row among the results. Raises UserError,
-    Stopped."""
+def make(lab: Lab, name: str, asked: bool = True) -> None:
+    """One figure: runs, numbers, picture, and its row among the results. `asked`: by its name.
+    Raises UserError, Stopped."""
     claim, _, function = FIGURES[name]
+    if lab.seeds and asked:
+        demand_seeds(lab, name)
     partial = function in (races.race, tasks.reach, tasks.binding, ours.pretrain)
     lab = dataclasses.replace(lab, name=name, place=PLACES.get(name, ""), used=[], missing=[],
                               partial=partial)
@@ -177,6 +179,13 @@ def make(lab: Lab, name: str) -> None:
     rows = [rows[k] for k in FIGURES if k in rows]
     write_csv(path, rows)
     put_rows(os.path.join(lab.results, "README.md"), rows)
+
+
+def demand_seeds(lab: Lab, name: str) -> None:
+    """Refuse --seeds for a figure that would not listen. Raises UserError."""
+    jobs = planned(dataclasses.replace(lab, name=name, plan=True), FIGURES[name][2]).values()
+    if {job.flags.get("seed", 0) for job in jobs} != {*lab.seeds}:
+        fail("its seeds are fixed; leave --seeds out")
 
 
 def cost_of(lab: Lab, began: float) -> dict:
@@ -264,6 +273,8 @@ def read_flags(argv):
     p.add_argument("--together", type=int, default=2, help="runs at a time (default: %(default)s)")
     p.add_argument("--seeds", type=int, default=0,
                    help="so many seeds instead of a figure's own number (default: %(default)s)")
+    p.add_argument("--first_seed", type=int, default=0,
+                   help="with --seeds: the first of them (default: %(default)s)")
     p.add_argument("--n_test", type=int, default=0,
                    help="test sequences; 0 = a figure's own number (default: %(default)s)")
     p.add_argument("--only", default="",
@@ -283,12 +294,16 @@ def read_flags(argv):
     if a.list:
         refuse("quick draw together device n_test only stop_after", flags_in(argv), "with --list")
     if a.draw:
-        refuse("together device seeds n_test only stop_after", flags_in(argv), "with --draw")
+        refuse("together device seeds first_seed n_test only stop_after", flags_in(argv),
+               "with --draw")
+    if a.first_seed and not a.seeds:
+        fail("--first_seed says which seeds --seeds begins with; give both")
     for name in ("runs_dir", "results_dir"):
         if os.path.exists(getattr(a, name)) and not os.path.isdir(getattr(a, name)):
             fail(f"--{name} {getattr(a, name)} is no folder; give another")
     demand("together", a.together, 1, 1000)
     demand("seeds", a.seeds, 0, 1000)
+    demand("first_seed", a.first_seed, 0, 10 ** 6)
     demand("n_test", a.n_test, 0, 10 ** 5)
     demand("stop_after", a.stop_after, 0, math.inf)
     return a

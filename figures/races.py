@@ -119,7 +119,7 @@ def race(lab: Lab) -> tuple[str, str]:
                                       lab.plan):
         fail("racegpu needs a CUDA GPU; race28 is the one for a CPU")
     jobs = race_jobs(lab.name, lab.seeds or r["seeds"]) if not lab.quick else \
-        race_jobs(lab.name, (0,), ("gru",))
+        race_jobs(lab.name, lab.seeds or (0,), ("gru",))
 
     rows = table(lab, lambda: race_rows(lab, r, jobs))
     fig, axes = style.panels(1, "", "nats per validation image")

@@ -92,6 +92,15 @@ def test_only_makes_no_half_figure(command, tmp_path, folders, no_other_pictures
     assert code == 0
 
 
+def test_a_race_with_seeds_of_ones_own(command, tmp_path, no_other_pictures):
+    """--first_seed 50: nobody has chosen anything on these."""
+    code, out, err = command("reproduce.py race14 --quick --device cpu --seeds 2 --first_seed 50 "
+                             f"--runs_dir {tmp_path}/runs --results_dir {tmp_path}/results")
+    assert code == 0, out + err
+    rows = runs.read_csv(tmp_path / "results" / "backbones" / "race14.csv")
+    assert {r["seed"] for r in rows if r["method"] == "dmt"} == {50, 51}
+
+
 def test_missing_data_skips_the_figure_alone(command, folders, tmp_path, monkeypatch,
                                              no_other_pictures):
     """The figure without data says why; the next is made."""

@@ -147,6 +147,7 @@ def test_flags_that_read_a_checkpoint(script, kind, command, runs, tmp_path, mon
     "evaluate.py --ckpt {synthetic}/ckpt.pt --data_dir .",
     "evaluate.py --ckpt {picture}/ckpt.pt --data_file x", "bench.py --dataset parity --data_dir .",
     "evaluate.py --ckpt {synthetic}/ckpt.pt --seed 1",
+    "reproduce.py fig3 --first_seed 5", "reproduce.py fig4 --quick --device cpu --seeds 2",
     "reproduce.py fig3 --draw --seeds 5", "reproduce.py fig3 --draw --n_test 7",
     "dmt.py --ckpt {synthetic}/ckpt.pt {RUN} --lambda_mse 0 --detach_dec",
     "smt.py {TASK} {SIZES} {RUN} --lambda_dyn 0 --no-decode_own",
