@@ -189,7 +189,7 @@ def fig12(lab: Lab) -> tuple[str, str]:
     axes[0].set(xscale="log", ylabel="drift of the rollout, 1 - R²")
     axes[1].set(xscale="log", ylabel="rollout, nats per character")
     axes[2].set(xlabel="drift of one step, 1 - R²", ylabel="drift of the rollout")
-    axes[0].legend()
+    axes[1].legend(loc="center")  # where no curve is
     style.save(fig, lab.out("fig12.png"))
     by, told, well = {(r["dyn"], r["after"]): r for r in rows}, [], {}
     for method in [m for m in there if m != "smt"]:
