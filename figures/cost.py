@@ -2,6 +2,7 @@
 import math
 import os
 import resource
+import statistics
 import time
 from dataclasses import asdict
 
@@ -106,13 +107,14 @@ def draw_costs(rows: list[dict], kinds: list[str], path: str) -> None:
 
 
 def training_step(lab: Lab, name: str, T: int) -> dict:
-    """ms, peak MiB of the process and sequential layers of one step of the shipped script: the last
-    of a short run on windows of T bytes, where rollouts have their full length."""
+    """ms, peak MiB of the process and sequential layers of one step of the shipped script, in a
+    short run on windows of T bytes: the median of its last steps, whose rollouts have their full
+    length."""
     script, flags, _ = WAYS[name]
     few = 2 if lab.quick else 12
     named = lambda way: f"tab1-{way.replace(',', '').replace(' ', '-')}-{T}"
     job = Job(named(name), script, 0, flags | dict(
-        steps=5, batch_size=few, log_every=1, eval_every=0, n_val=1, ckpt_every=0))
+        steps=10, batch_size=few, log_every=1, eval_every=0, n_val=1, ckpt_every=0))
     if script == "dmt":
         job.after = named("SMT, on-policy too")
     else:
@@ -134,7 +136,8 @@ def training_step(lab: Lab, name: str, T: int) -> dict:
         peak = usage.ru_maxrss
         say(f"tab1 | {name}, T = {T}")
     rows = log(lab, job.name)
-    step = dict(ms=1e3 * (rows[-1]["seconds"] - rows[-2]["seconds"]), mib=peak / 1024,
+    ends = [r["seconds"] for r in rows[-4:]]
+    step = dict(ms=1e3 * statistics.median(b - a for a, b in zip(ends, ends[1:])), mib=peak / 1024,
                 layers=rows[-1]["layers"] - rows[-2]["layers"])
     store(lab, job.name, "step.json", dict(job=asdict(job), step=step))
     return step
