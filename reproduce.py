@@ -272,7 +272,8 @@ def read_flags(argv):
     p.add_argument("--device", default="auto", help="of all runs (default: %(default)s)")
     p.add_argument("--together", type=int, default=2, help="runs at a time (default: %(default)s)")
     p.add_argument("--seeds", type=int, default=0,
-                   help="so many seeds instead of a figure's own number (default: %(default)s)")
+                   help="so many seeds instead of a figure's own number, where that may change "
+                   "(default: %(default)s)")
     p.add_argument("--first_seed", type=int, default=0,
                    help="with --seeds: the first of them (default: %(default)s)")
     p.add_argument("--n_test", type=int, default=0,
@@ -284,6 +285,12 @@ def read_flags(argv):
     p.add_argument("--stop_after", type=float, default=0.0,
                    help="end after so many minutes; runs are saved (default: never)")
     a = p.parse_args(argv)
+    demand_sense(a, argv)
+    return a
+
+
+def demand_sense(a, argv) -> None:
+    """Refuse flags that contradict each other, or mean nothing. Raises UserError."""
     for name in a.figures:
         if name not in FIGURES and name != "all":
             fail(f"{name}: no such figure; choose from {', '.join(FIGURES)}, all")
@@ -306,7 +313,6 @@ def read_flags(argv):
     demand("first_seed", a.first_seed, 0, 10 ** 6)
     demand("n_test", a.n_test, 0, 10 ** 5)
     demand("stop_after", a.stop_after, 0, math.inf)
-    return a
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def fig3(lab: Lab) -> tuple[str, str]:
         ax.minorticks_off()
     axes[3].legend(loc="lower left")  # where no curve is
     style.save(fig, lab.out("fig3.png"))
-    return told(rows)
+    return against_bptt(rows)
 
 
 def judged(rows: list[dict]) -> tuple[str, str]:
@@ -132,7 +132,7 @@ def judged(rows: list[dict]) -> tuple[str, str]:
         "open" if count["nearer"] else "disagrees"
 
 
-def told(rows: list[dict]) -> tuple[str, str]:
+def against_bptt(rows: list[dict]) -> tuple[str, str]:
     """Against BPTT as the paper has it, whose verdict counts, and against the better of it and BPTT
     with heads."""
     plain, verdict = judged([r for r in rows if r["method"] != "bptt-heads"])
@@ -374,4 +374,4 @@ def others(lab: Lab) -> tuple[str, str]:
     axes[0].set_xticks(range(len(OTHERS)), labels=OTHERS)
     axes[0].legend()
     style.save(fig, lab.out("tasks.png"))
-    return told(rows)
+    return against_bptt(rows)

@@ -297,6 +297,9 @@ def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
     # heads help BPTT: 0.05 is nearer than 0.1; where they do not they count for nothing
     heads = [row("won", "bptt-heads", 0.05), row("tie", "bptt-heads", 9.0)]
     assert "at 0 of 4 points, BPTT at 1, a tie at 2" in tasks.judged(rows + heads)[0]
+    # both are told; the verdict is that against BPTT as the paper has it
+    said, verdict = tasks.against_bptt(rows + heads)
+    assert verdict == "agrees" and said.index("at 1 of 4 points") < said.index("at 0 of 4 points")
     lost = [row("lost", "dmt", 2.0), row("lost", "bptt", 1.0)]
     assert tasks.judged(rows + lost)[1] == "open" and tasks.judged(lost)[1] == "disagrees"
     # seeds that differ say as little as test sequences that do: 0.1 against 0.2, and one seed of 0.1
