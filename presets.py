@@ -31,7 +31,7 @@ PRESETS["laptop"] = {
 
     # the optimiser       SMT           DMT           BPTT
     "optimizer": "muon",
-    "lr":                (5e-3,         3e-3,         5e-3),
+    "lr":                (1.2e-2,       3e-3,         5e-3),  # SMT is short here
     "warmup":            (50,           30,           50),
     "decay": 0.05,
     "ema": 0.99,
@@ -153,7 +153,7 @@ KINDS["laptop", "bytes"] = KINDS["gpu", "bytes"] = {
 KINDS["laptop", "text"] = {
     "length": 128,
     "minutes":           (12.0,         6.0,          18.0),
-    "lr":                (_,            5e-3,         _),
+    "lr":                (5e-3,         5e-3,         _),
     "first":             (_,            0.5,          _),  # no time is as dull as a margin's pixel
 }
 KINDS["laptop", "mlp"] = {  # wants smaller steps than the other two, of more sequences
@@ -166,11 +166,11 @@ KINDS["laptop", "transformer"] = {
 }
 KINDS["laptop", "mnist"] = {
     "image_size": 14,
-    "lr":                (1.2e-2,       _,            _),  # SMT is short here
     "minutes":           (2.5,          17.5,         20.0),
 }
 KINDS["laptop", "sketchy"] = {
     "minutes":           (10.0,         5.0,          15.0),
+    "lr":                (5e-3,         _,            _),
     "batch_size":        (4,            64,           12),
     "n_val": 40,
     "fut_len":           (40,           _,            _),  # more than a row of pixels
@@ -185,7 +185,7 @@ KINDS["any", "synthetic"] = {  # the paper: Tc = Tf = T for these
 KINDS["laptop", "synthetic"] = {
     "minutes":           (2.5,          7.5,          10.0),
     "batch_size":        (64,           64,           64),
-    "lr":                (1.2e-2,       5e-3,         5e-3),
+    "lr":                (_,            5e-3,         5e-3),
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),  # few times ask for anything
     "futures":           (32,           _,            _),
