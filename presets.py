@@ -168,6 +168,9 @@ KINDS["laptop", "mnist"] = {
     "image_size": 14,
     "minutes":           (2.5,          17.5,         20.0),
 }
+KINDS["gpu", "glyphs"] = {  # a first look, wherever it is run
+    "minutes":           (3.0,          1.5,          4.5),
+}
 KINDS["laptop", "sketchy"] = {
     "minutes":           (10.0,         5.0,          15.0),
     "lr":                (5e-3,         _,            _),

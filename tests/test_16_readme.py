@@ -1,6 +1,7 @@
 """Lesson: the README tells the truth. Its commands run, in its order, at tiny size; its Python and
 its map are checked."""
 import dataclasses
+import glob
 import gzip
 import os
 import re
@@ -144,8 +145,10 @@ def test_first_screen():
 
 
 def test_links_lead_somewhere():
-    """Files and headings that README and results/paper point at exist."""
-    for page in ("README.md", "results/paper/README.md", "results/data.md"):
+    """Files and headings that the pages point at exist."""
+    pages = glob.glob("results/**/*.md", root_dir=ROOT, recursive=True)
+    assert len(pages) > 8
+    for page in ("README.md", "tests/README.md", *pages):
         text = open(os.path.join(ROOT, page)).read()
         for path, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
             if path.startswith("https://"):
