@@ -178,27 +178,39 @@ def reach(lab: Lab) -> tuple[str, str]:
     fig, axes = style.panels(1, "T", "minutes to 0.01 nats over the optimum", height=3.6)
     for rnn, line in (("gru", "-"), ("mlp", "--"), ("transformer", ":")):
         for method in ("dmt", "bptt", "bptt-heads"):
-            first = {}  # T -> minutes until solved, of BPTT at the better rate; None: it was not
-            for r in rows:
-                if (r["rnn"], r["method"]) == (rnn, method):
-                    first.setdefault(r["T"], []).extend([r["minutes"]] * (r["excess"] < 0.01))
+            first = solved([r for r in rows if (r["rnn"], r["method"]) == (rnn, method)])
             if not first:
                 continue
             how = style.of(method)
             how["label"] += f", {dict(gru='GRU', mlp='MLP').get(rnn, 'Transformer')}"
-            axes[0].plot([*first], [min(v, default=np.nan) for v in first.values()], ls=line, **how)
-            for T in (T for T, v in first.items() if not v):
+            axes[0].plot([*first], [at for at, _ in first.values()], ls=line, **how)
+            for T in (T for T, (at, _) in first.items() if math.isnan(at)):
                 axes[0].plot(T, REACH[T], how["marker"], mfc="none", mec=how["color"])
                 axes[0].annotate("not within", (T, REACH[T]), (0, -14), fontsize=8, ha="center",
                                  textcoords="offset points")
-            told[how["label"]] = ", ".join(f"{T} {f'{min(v):.1f}' if v else 'never'}"
-                                           for T, v in first.items())
+            told[how["label"]] = ", ".join(
+                f"{T} " + ("never" if math.isnan(at) else f"{at:.1f}" if at == stays else
+                           f"{at:.1f} (for good {stays:.1f})") for T, (at, stays) in first.items())
     axes[0].set(xscale="log", xlim=(50, 1300), ylim=(0, None), xticks=[*REACH])
     axes[0].set_xticklabels(map(str, REACH))
     axes[0].minorticks_off()
     axes[0].legend()
     style.save(fig, lab.out("reach.png"))
     return "minutes until solved, by T: " + "; ".join(f"{k} {v}" for k, v in told.items()), "open"
+
+
+def solved(rows: list[dict]) -> dict[int, tuple[float, float]]:
+    """T -> the minutes of the first look within 0.01 nats of the optimum, and of the first from
+    which on all looks are, NaN if there is none; of two rates those that solve it sooner."""
+    runs, out = {}, {}
+    for r in rows:
+        runs.setdefault((r["T"], r.get("lr")), []).append((r["minutes"], r["excess"] < 0.01))
+    for (T, _), looks_at in runs.items():
+        good = [minutes for minutes, near in looks_at if near]
+        away = max([minutes for minutes, near in looks_at if not near], default=-1.0)
+        mine = min(good, default=math.nan), min([m for m in good if m > away], default=math.nan)
+        out[T] = min(mine, out.get(T, mine), key=lambda v: (math.isnan(v[0]), v[0]))
+    return out
 
 
 def labels_runs(task: str) -> dict[str, Job]:

@@ -1,6 +1,7 @@
 """Lesson: every figure of the paper comes from one command. Runs are made once, go on where they
 were cut off, and a picture can be drawn again from its numbers alone."""
 import dataclasses
+import math
 import os
 import shutil
 
@@ -308,6 +309,18 @@ def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
                  for low, high in ((0.199, 0.201), (0.1, 0.3)))
     assert "at 2 of 5 points, BPTT at 0, a tie at 2" in tasks.judged(rows + near)[0]
     assert "at 1 of 5 points, BPTT at 0, a tie at 3" in tasks.judged(rows + far)[0]
+
+
+def test_when_a_task_is_solved_and_when_for_good():
+    """Of two rates the one that is there sooner counts; a run that leaves the optimum again is not
+    there for good."""
+    looks = lambda T, lr, *excess: [dict(T=T, lr=lr, minutes=float(i), excess=e)
+                                    for i, e in enumerate(excess, 1)]
+    got = tasks.solved(looks(64, None, 1, 0.001, 0.2, 0.001, 0.002) +
+                       looks(128, 0.01, 1, 1, 0.001) + looks(128, 0.002, 1, 0.001, 0.001) +
+                       looks(256, None, 0.001, 1) + looks(512, 0.01, 1, 1))
+    assert got[64] == (2, 4) and got[128] == (2, 2)
+    assert got[256][0] == 1 and math.isnan(got[256][1]) and all(map(math.isnan, got[512]))
 
 
 def test_the_better_rate_of_bptt_counts():
