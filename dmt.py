@@ -96,7 +96,9 @@ def begin(batch: tuple, encoder: Encoder, rnn: RNN, horizon: int, cfg: Config,
         b, i = pick // G, pick % G
     else:  # evenly: as many sequences end in every step
         b, i = torch.arange(B), torch.arange(B) * G // B
-    with torch.no_grad():
+    # A context of its own: autocast keeps the weights' bf16 copies until it ends, and those made
+    # without a graph left the updater without a gradient in older torch.
+    with torch.no_grad(), autocast(str(device)):
         labels = labels_of(encoder, x, torch.zeros(B) if cfg.spans else i)
         own = rnn.own_memories(labels, x, torch.arange(T), horizon, gen)
     m = own[on_device(b, device), on_device(starts[b, i] - 1, device)]
@@ -129,7 +131,8 @@ def go_on(walk: Walk, made: Tensor, task, encoder: Encoder, horizon: int,
         walk.starts[over] = span_starts(len(over), T, made.shape[1], gen)
         at = on_device(over, device)
         walk.x[at], walk.y[at] = x, y
-        walk.labels[at] = encoder(x, torch.arange(T)).to(walk.labels.dtype)
+        with autocast(str(device)):
+            walk.labels[at] = encoder(x, torch.arange(T)).to(walk.labels.dtype)
     # the last span may overlap the one before it, so the memory is not always the newest
     behind = on_device((walk.t - before - 1).clamp(min=0), device)
     m = made.detach()[torch.arange(B, device=device), behind]
@@ -262,18 +265,12 @@ def main(argv) -> None:
         layers_to_set_out, layers = sequential_layers(c, cfg, horizon)
         if walk is None or cfg.spans:
             batch = [v[:, :T] for v in task.batch(mine.batch_size, run.gen)]
-            # A context of its own: autocast keeps the weights' bf16 copies until it ends, and those
-            # made without a graph left the updater without a gradient in older torch.
-            with autocast(device):
-                walk = begin(batch, encoder, rnn, horizon, mine, run.gen)
+            walk = begin(batch, encoder, rnn, horizon, mine, run.gen)
             run.count(cfg.batch_size * T, layers_to_set_out)
         with autocast(device):
             losses, made = objective(rnn, heads, walk, variance, mine, run.gen, task.density(T))
         losses["loss"].backward()
-        new = 0
-        if not cfg.spans:
-            with autocast(device):
-                new = go_on(walk, made, task, encoder, horizon, run.gen)
+        new = 0 if cfg.spans else go_on(walk, made, task, encoder, horizon, run.gen)
         run.update(losses, new * T * ranks.WORLD, layers)
 
         if run.time_to_evaluate() or run.time_to_save():

@@ -119,6 +119,57 @@ def draw(score: Tensor, n: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     return rows, (1 / (len(score) * share[rows])).float()
 
 
+def ask_past(heads: Heads, rows: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Nats of the last P inputs at times t (N, S), recalled by every memory of rows (N S, K, d)."""
+    return cross_entropy(heads.recall(rows), last_inputs(x, t, heads.P, heads.bos).flatten(0, 1))
+
+
+def ask_heads(heads: Heads, rows: Tensor, y: Tensor, t: Tensor, share: float,
+              gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Nats of the next F targets, said by a part `share` of rows (N S, K, d), plus those of the
+    very next one, said by all, which counts as much; and the logits of the latter (N S, V)."""
+    ahead = next_targets(y, t, heads.F).flatten(0, 1)                           # (N S, F)
+    some = part(len(rows), share, gen, rows.device)
+    far = heads(rows[some])                                                     # (some, F, V)
+    guess = far[:, 0] if share == 1 else heads(rows, 1)[:, 0]                   # (N S, V)
+    return cross_entropy(guess, ahead[:, 0]) + cross_entropy(far, ahead[some]), guess
+
+
+def how_wrong(guess: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Where to look, (N,): 1 - probability of the target (N,) by the heads' logits (N, V), with a
+    floor; 0 where there is no target (valid (N,) is 0)."""
+    # It says where to look; it shall not teach the heads to be wrong there, hence detach.
+    sure = guess.detach().float()
+    sure = F.pad(sure, (1, 0)) if sure.shape[1] == 1 else sure      # 0 is the other's logit
+    right = sure.softmax(-1).gather(1, target.clamp(min=0)[:, None])
+    wrong = (1 - right[:, 0]) * valid
+    # a fifth of the mean: it bounds the weights
+    return wrong + valid * (0.2 * wrong.sum() / valid.sum().clamp(min=1) + 1e-9)
+
+
+def ask_first(decoder: Decoder, rows: Tensor, target: Tensor, valid: Tensor, wrong: Tensor,
+              share: float, gen: torch.Generator) -> Tensor:
+    """Nats of y_t, decoded from a part `share` of the memories rows (N, K, d) alone."""
+    # A pixel of the margin teaches nothing: decode where the guess goes wrong, weigh by how seldom
+    # that is, and what is expected stays the mean over all.
+    some, scale = draw(wrong, max(1, round(share * len(rows))), gen)
+    logits = decoder(rows[some])[:, 0].float()
+    nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
+    # the mean over all rows becomes that over those with a target
+    return (scale * nats).mean() / valid.mean().clamp(min=1e-9)
+
+
+def ask_futures(decoder: Decoder, rows: Tensor, x: Tensor, y: Tensor, t: Tensor, n: int,
+                octaves: bool, gen: torch.Generator) -> Tensor:
+    """Nats of whole futures, Eq. 2 as the paper has it, of n memories out of rows (N S, K, d)."""
+    Tf = min(decoder.c.fut_len, x.shape[1])
+    some = near_and_far(y, t, n, Tf, gen) if octaves else \
+        on_device(torch.randperm(len(rows), generator=gen)[:n], rows.device)
+    now = t.flatten()[some]
+    x_fut, y_fut = futures(x, y, some // t.shape[1], now, Tf)
+    return cross_entropy(decoder(rows[some], x_fut, now), y_fut)
+
+
 def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: Tensor, y: Tensor,
                cfg, gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
     """L_dec, Eq. 2: memories m (N, S, K, d) at times t (N, S) of sequences x, y (N, T) int64 must
@@ -126,43 +177,17 @@ def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: T
     `decoder` is the teacher's, or the RNN's readout. `density` is the part of all times that have a
     target, about (to count them would mean to wait for a GPU).
     """
-    out, target = {}, y.gather(1, t).flatten()
-    valid = (target >= 0).float()
-    wrong, rows = valid, m.flatten(0, 1)                    # without heads no place is special
+    out, rows, target = {}, m.flatten(0, 1), y.gather(1, t).flatten()
+    wrong = valid = (target >= 0).float()                   # without heads no place is special
     if heads is not None and heads.P:
-        said = heads.recall(rows)                                               # (N S, P, V)
-        read = last_inputs(x, t, heads.P, heads.bos).flatten(0, 1)
-        out["past"] = cross_entropy(said, read)
+        out["past"] = ask_past(heads, rows, x, t)
     if heads is not None and heads.F:
-        ahead = next_targets(y, t, heads.F).flatten(0, 1)                       # (N S, F)
-        some = part(len(rows), cfg.heads_part, gen, m.device)
-        far = heads(rows[some])                                                 # (some, F, V)
-        guess = far[:, 0] if cfg.heads_part == 1 else heads(rows, 1)[:, 0]      # (N S, V)
-        # the very next target counts as much as all of them together
-        out["heads"] = cross_entropy(guess, ahead[:, 0]) + cross_entropy(far, ahead[some])
-        # How wrong the heads are says where to look; it shall not teach them to look wrong, hence
-        # detach.
-        sure = guess.detach().float()
-        sure = F.pad(sure, (1, 0)) if sure.shape[1] == 1 else sure      # 0 is the other's logit
-        right = sure.softmax(-1).gather(1, target.clamp(min=0)[:, None])
-        wrong = (1 - right[:, 0]) * valid
-        wrong = wrong + valid * (0.2 * wrong.sum() / valid.sum().clamp(min=1) + 1e-9)
+        out["heads"], guess = ask_heads(heads, rows, y, t, cfg.heads_part, gen)
+        wrong = how_wrong(guess, target, valid)
     if cfg.first:
-        # A pixel of the margin teaches nothing: decode where the guess goes wrong, weigh by how
-        # seldom that is, and what is expected stays the mean over all. The 0.2 bounds the weights.
-        some, scale = draw(wrong, max(1, round(cfg.first * density * len(rows))), gen)
-        logits = decoder(rows[some])[:, 0].float()
-        nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
-        # the mean over all rows becomes that over those with a target
-        out["first"] = (scale * nats).mean() / valid.mean().clamp(min=1e-9)
-    if whole := getattr(cfg, "futures", 0):  # Eq. 2 as the paper has it; DMT has no such flag
-        S = t.shape[1]
-        Tf = min(decoder.c.fut_len, x.shape[1])
-        some = near_and_far(y, t, whole, Tf, gen) if cfg.octaves else \
-            on_device(torch.randperm(len(rows), generator=gen)[:whole], m.device)
-        b, now = some // S, t.flatten()[some]
-        x_fut, y_fut = futures(x, y, b, now, Tf)
-        out["futures"] = cross_entropy(decoder(rows[some], x_fut, now), y_fut)
+        out["first"] = ask_first(decoder, rows, target, valid, wrong, cfg.first * density, gen)
+    if whole := getattr(cfg, "futures", 0):                 # DMT has no such flag
+        out["futures"] = ask_futures(decoder, rows, x, y, t, whole, cfg.octaves, gen)
     weights = {k: getattr(cfg, f"lambda_{k}", 1.0) for k in ("past", "heads")}
     weights["futures"] = getattr(cfg, "lambda_fut", 1.0)
     total = sum((weights.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))

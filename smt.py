@@ -167,18 +167,25 @@ def times_to_draw(cfg: Config, c: ModelConfig, task, argv) -> int:
     return most
 
 
+def networks(c: ModelConfig, device: str) -> tuple[dict, list]:
+    """Networks by name, as they are drawn, and two groups of parameters, whose gradients are
+    clipped apart, as the paper does: the teacher's and the updater's."""
+    nets = dict(encoder=Encoder(c), decoder=Decoder(c), rnn=RNN(c))
+    if c.heads or c.past:
+        nets["heads"] = Heads(c)
+    nets = {name: net.to(device) for name, net in nets.items()}
+    # readout and m_0 of the RNN are copies of the teacher's and not trained
+    teacher = [p for name, net in nets.items() if name != "rnn" for p in net.parameters()]
+    return nets, [teacher, [*nets["rnn"].updater.parameters()]]
+
+
 def main(argv) -> None:
     cfg, _ = flags.parse("smt", Config, argv, __doc__)
     device, task = trainer.setup(cfg)
     flags.demand_fits(cfg, task.T, argv)
     c = trainer.model_config(cfg, task)
-    encoder, decoder, rnn = (net(c).to(device) for net in (Encoder, Decoder, RNN))
-    heads = Heads(c).to(device) if c.heads or c.past else None
-    nets = dict(encoder=encoder, decoder=decoder, rnn=rnn) | (dict(heads=heads) if heads else {})
-    # Two groups, whose gradients are clipped apart, as the paper does. Readout and m_0 of the RNN
-    # are copies of the teacher's and not trained.
-    teacher = [p for name, net in nets.items() if name != "rnn" for p in net.parameters()]
-    trained = [teacher, [*rnn.updater.parameters()]]
+    nets, trained = networks(c, device)
+    encoder, decoder, rnn, heads = (nets.get(k) for k in ("encoder", "decoder", "rnn", "heads"))
     most = times_to_draw(cfg, c, task, argv)
 
     mine = ranks.share(cfg)  # cfg; under torchrun with this process's part of the batch
