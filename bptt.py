@@ -143,8 +143,7 @@ def main(argv) -> None:
             with run.averaged():
                 if run.time_to_evaluate():
                     # the teacher is evaluate.py's: it would take longer than the RNN
-                    got = evaluate(task, rnn, None, None, "val", cfg.n_val, kl_sequences=4,
-                                   fast=True)
+                    got = evaluate(task, rnn, None, None, "val", cfg.n_val, fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():

@@ -12,7 +12,8 @@ the target after x_0..x_t has been read, -1 where there is none.
                         primacy     endless, with exact Bayes optima; the first five in two variants
 
 To add one: write a function that returns a `Data` (for pictures `images.image_data` does it), give
-it a line in OPTIONS, in ABOUT and in `load`; a new option wants a line in HELP.
+it a line in OPTIONS, in ABOUT and in `load`, and its name in TEXTS or SYNTHETIC if it is one, in
+READS if it reads files from --data_dir; a new option wants a line in HELP.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, demand, flags_in, parser, path, refuse

@@ -8,9 +8,9 @@ Many sequences are under way at once, each at a time of its own. In a step the R
 updates of each, from its own m_{t-1}; what it makes shall be what the frozen encoder makes there
 (Eq. 6), and predict (Eq. 2). A gradient crosses one span at most, and all spans are learnt from in
 parallel. Then each sequence goes on where its span ended, and one that is over makes room for a new
-one. So nothing is rolled out for nothing; the oldest weights behind a memory are those of the step
-in which its sequence began. The paper draws new sequences for every step (--spans) and rolls them
-out, without a graph. Writes runs/dmt-<dataset>.
+one. So every update that is made is learnt from; but a memory was made by weights that are up to
+T / S steps old. The paper draws new sequences for every step (--spans) and rolls them out, without
+a graph. Writes runs/dmt-<dataset>.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, fail
@@ -27,7 +27,7 @@ from checkpoints import CheckpointError, build
 from evaluate import evaluate, summary
 from flags import flag
 from losses import cross_entropy, predictive
-from model import RNN, Encoder, Heads, ModelConfig, autocast, on_device
+from model import RNN, Encoder, Heads, ModelConfig, autocast, first_piece, on_device
 from sample import draw_samples
 
 
@@ -42,8 +42,8 @@ class Config(flags.Config):
     detach_dec: bool = flag("predictions teach the readout alone; the paper: yes")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that must predict y_t alone; the paper: 1")
-    horizon: int = flag("updates the RNN runs alone, about, but a span at least; 0 = 16 at first, "
-                        "all in the end")
+    horizon: int = flag("updates the RNN runs alone, about, but a span at least, all along; 0: 16 "
+                        "at first, all in the end")
 
 
 def horizon_at(progress: float, most: int) -> int:
@@ -94,13 +94,20 @@ def begin(batch: tuple, encoder: Encoder, rnn: RNN, horizon: int, cfg: Config,
     if cfg.spans:
         pick = torch.randperm(B * G, generator=gen)[:cfg.spans]
         b, i = pick // G, pick % G
-    else:  # evenly: as many sequences end in every step
+    else:  # evenly over their spans: as many sequences end, and are replaced, in every step
         b, i = torch.arange(B), torch.arange(B) * G // B
+    first = first_piece(T, horizon, gen)
     # A context of its own: autocast keeps the weights' bf16 copies until it ends, and those made
     # without a graph left the updater without a gradient in older torch.
     with torch.no_grad(), autocast(str(device)):
-        labels = labels_of(encoder, x, torch.zeros(B) if cfg.spans else i)
-        own = rnn.own_memories(labels, x, torch.arange(T), horizon, gen)
+        if cfg.spans:  # a span each, and where pieces begin: the others nobody will read
+            need = torch.zeros(B, T, dtype=torch.bool)
+            need[:, 0] = need[:, first::horizon] = True
+            need[b[:, None], starts[b, i][:, None] + torch.arange(cfg.span)] = True
+            labels = labels_where(encoder, x, need)
+        else:
+            labels = labels_of(encoder, x, i)
+        own = rnn.own_memories(labels, x, torch.arange(T), horizon, first)
     m = own[on_device(b, device), on_device(starts[b, i] - 1, device)]
     return Walk(x, y, labels, starts, b, i, m)
 
@@ -115,6 +122,20 @@ def labels_of(encoder: Encoder, x: Tensor, i: Tensor) -> Tensor:
         m = encoder(x[at], torch.arange(x.shape[1]))
         out = m.new_empty(len(x), *m.shape[1:]) if out is None else out
         out[at] = m
+    return out
+
+
+def labels_where(encoder: Encoder, x: Tensor, need: Tensor) -> Tensor:
+    """The encoder's memories of x (B, T) where `need` (B, T), bool on the CPU, says so, elsewhere
+    0 or what comes for nothing: (B, T, K, d)."""
+    if encoder.c.encoder == "causal":  # one pass makes all
+        return encoder(x, torch.arange(x.shape[1]))
+    out = None
+    for t in need.any(0).nonzero()[:, 0]:  # a pass for every time, of those rows that need it
+        at = on_device(need[:, t].nonzero()[:, 0], x.device)
+        m = encoder(x[at], t[None])[:, 0]
+        out = m.new_zeros(*x.shape, *m.shape[1:]) if out is None else out
+        out[at, int(t)] = m
     return out
 
 
@@ -203,9 +224,9 @@ def kept(walk: Walk) -> dict[str, Tensor]:
 def resumed(kept: dict[str, Tensor], encoder: Encoder, B: int, T: int, span: int,
             device: str) -> Walk:
     """The walk that a checkpoint kept. Raises CheckpointError where it is none of this run's."""
-    c, starts = encoder.c, span_starts(B, T, span, torch.Generator())
-    shapes = dict(x=(B, T), y=(B, T), starts=starts.shape, i=(B,), m=(B, c.mem_tokens, c.mem_dim))
-    bounds = dict(x=(0, c.vocab), y=(-1, c.n_out), starts=(1, T - span + 1), i=(0, starts.shape[1]))
+    c, G = encoder.c, -(-(T - 1) // span)
+    shapes = dict(x=(B, T), y=(B, T), starts=(B, G), i=(B,), m=(B, c.mem_tokens, c.mem_dim))
+    bounds = dict(x=(0, c.vocab), y=(-1, c.n_out), starts=(1, T - span + 1), i=(0, G))
     if {k: tuple(v.shape) for k, v in kept.items()} != shapes or not all(
             kept[k].dtype == torch.int64 and a <= kept[k].min() and kept[k].max() < b
             for k, (a, b) in bounds.items()):
@@ -275,11 +296,11 @@ def main(argv) -> None:
 
         if run.time_to_evaluate() or run.time_to_save():
             with run.averaged():
-                # before report(), which saves when it is the first to write over an old run
+                # Before report(), which saves when it is the first to write over an old run. Nobody
+                # keeps what other processes have under way: they set out anew.
                 run.kept = {} if cfg.spans or ranks.WORLD > 1 else kept(walk)
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=4,
-                                   fast=True)
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, fast=True)
                     run.report(summary(got), best="rollout")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():

@@ -11,8 +11,10 @@
     window     with --length: the teacher again, reading no more than it did in training; a causal
                encoder is, as "teacher", given everything, at positions never trained on
 
-The gap between the three is the method. All is computed in fp32, on every device. Prints a table
-(or JSON alone) and writes evaluation.png beside the checkpoint.
+The gap between the three is the method. (Labels of a causal encoder end at Tc. Where that is
+shorter than a text's window, teacher and one step are means over t < Tc, and the table says so.)
+All is computed in fp32, on every device. Prints a table (or JSON alone) and writes evaluation.png
+beside the checkpoint.
 """
 # before the slow imports, during which it answers Ctrl-C
 from console import cli, demand, fail, flags_in, parser, path, pick_device
@@ -117,10 +119,10 @@ def predictions(x: Tensor, m: Memories, rnn: RNN | None, decoder: Decoder | None
         return dict(teacher=decoder(nothing, x, x.new_full((len(x),), -1)))
     out = dict(rollout=rnn.logits(m.own))
     if m.label is not None:
-        out["teacher"] = decoder(m.label.flatten(0, 1))[:, 0].view(*m.label.shape[:2], -1)
+        out["teacher"] = decoder.logits(m.label)
         out["one_step"] = rnn.logits(m.one_step)
     if m.window is not None:
-        out["window"] = decoder(m.window.flatten(0, 1))[:, 0].view(*m.window.shape[:2], -1)
+        out["window"] = decoder.logits(m.window)
     return out
 
 
@@ -181,12 +183,13 @@ def kl_of_futures(decoder: Decoder, m: Memories, x: Tensor, y: Tensor, few: int)
 @torch.no_grad()
 def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
              decoder: Decoder | None = None, split: str = "test", n: int | None = None,
-             kl_sequences: int = 64, Tc: int = 0, fast: bool = False) -> dict:
+             Tc: int = 0, fast: bool = False) -> dict:
     """A dict with the keys of the JSON output, None where one does not apply.
 
     encoder and decoder are the teacher (None for a BPTT run from scratch); rnn is None and decoder
     a plain language model for results/yardstick/transformer.py. The first n sequences of `split`.
-    `fast` is for a look during training: bf16 where training uses it. Uses no random numbers.
+    `fast` is for a look during training: bf16 where training uses it, KL of 4 sequences instead of
+    64. Uses no random numbers.
     """
     held = task.held_out(split, n)  # the same sequences for every checkpoint
     c, N = (rnn or decoder).c, len(held["x"])
@@ -207,7 +210,7 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
                 scores[name].add(logits, *(v if v is None else v[:, :L] for v in (y, *extra)))
             if m.label is not None:
                 drift.add(m)
-                few = min(len(x), max(0, kl_sequences - i))
+                few = min(len(x), max(0, (4 if fast else 64) - i))
                 nats, valid = kl_of_futures(decoder, m, x, y, few)
                 kl, targets = kl + nats, targets + valid
     out = dict(dataset=task.name, split=split, n=N, T=task.T, units=task.units)
@@ -216,7 +219,7 @@ def evaluate(task: Data, rnn: RNN | None, encoder: Encoder | None = None,
 
 
 def losses(task: Data, held: dict, scores: dict[str, Score], alone: str) -> dict:
-    """The numbers of the three columns; `alone` is the one that the checkpoint is about."""
+    """The numbers of all columns; `alone` is the one that the checkpoint is about."""
     each = lambda what: {name: scores[name].mean(what) for name in COLUMNS}
     nats, text = scores[alone].mean("nats"), task.units == "nats/char"
     known, apart = held["posterior"] is not None, task.late_from is not None
@@ -247,6 +250,8 @@ def table(r: dict) -> str:
     lines = [f"{r['dataset']}, {r['split']} split, N = {r['n']} sequences, T = {r['T']}", "",
              " " * 16 + "".join(f"{k.replace('_', ' '):>10}" for k in columns),
              row(r["units"], r) + f"   ± {show(r['stderr'])} (standard error)"]
+    if r["drift_by_time"] and (L := len(r["drift_by_time"])) < r["T"]:
+        lines.append(f"teacher, one step: of t < {L} alone; rollout: of all {r['T']}")
     late = f"t >= {r['late_from']}"
     for name, key in (("accuracy", "accuracy"), ("excess nats", "excess_all"), (late, "late"),
                       (f"excess, {late}", "late_excess")):
@@ -316,7 +321,7 @@ def stretch(ckpt: dict, length: int) -> int:
         fail(f"--length {length}: the networks of {ckpt['path']} know the times up to {c['T'] - 1} "
              "and no others; train with --timestamps none")
     Tc = min(c["ctx_len"], length)
-    ckpt["config"]["length"] = length
+    ckpt["config"] |= dict(length=length, shortest=0)
     c |= dict(T=length, ctx_len=max(c["ctx_len"], length) if c["encoder"] == "causal" else Tc)
     return Tc if "encoder" in ckpt else 0
 

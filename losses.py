@@ -1,7 +1,7 @@
 """Eq. 2: what a memory must predict. Encoder, RNN and readout are all judged by these functions.
 
-The paper decodes the whole future of one memory a sequence. A step can ask all its memories, if it
-asks cheaply; the sum of four questions is
+The paper decodes the whole future of one memory a sequence. Asked cheaply, all memories of a step
+can answer; here Eq. 2 is the sum of four questions:
 
     futures   the paper's: a causal decoder reads the memory and the inputs to come, and predicts
               Tf outputs (--futures of them a step). In SMT alone, as in the paper
@@ -47,9 +47,12 @@ def futures(x: Tensor, y: Tensor, b: Tensor, t: Tensor, Tf: int) -> tuple[Tensor
     T = x.shape[1]
     when = t[:, None] + torch.arange(Tf, device=x.device)                       # (N, Tf)
     inside = when.clamp(max=T - 1)
-    # A decoder must be given something behind the end. It has no target there, so it does not
-    # matter.
     return x[b[:, None], inside[:, 1:]], y[b[:, None], inside].masked_fill(when >= T, -1)
+
+
+def with_target(y: Tensor) -> Tensor:
+    """Times of y (N, T), those with a target first, in order: (N, T) int64."""
+    return (y < 0).int().argsort(dim=1, stable=True)
 
 
 def next_targets(y: Tensor, t: Tensor, n: int) -> Tensor:
@@ -57,11 +60,10 @@ def next_targets(y: Tensor, t: Tensor, n: int) -> Tensor:
     more: (N, S, n). In a picture that is y_t .. y_{t+n-1}; in a task that asks once, at the end, it
     is that answer."""
     valid = y >= 0
-    where = (~valid).int().argsort(dim=1, stable=True)      # times of valid targets first, in order
     passed = (valid.cumsum(1) - valid.long()).gather(1, t)  # how many of them lie before t
     index = passed[..., None] + torch.arange(n, device=y.device)                # (N, S, n)
     inside = index.clamp(max=y.shape[1] - 1).flatten(1)
-    found = y.gather(1, where.gather(1, inside)).view(index.shape)
+    found = y.gather(1, with_target(y).gather(1, inside)).view(index.shape)
     return found.masked_fill(index >= valid.sum(1)[:, None, None], -1)
 
 
@@ -80,11 +82,10 @@ def near_and_far(y: Tensor, t: Tensor, n: int, Tf: int, gen: torch.Generator) ->
     3, as 4 to 7 .., less than Tf."""
     # Where one target, at the end, hangs on all inputs, the memories just before it must hold most
     # and are learnt last; among all times they are few.
-    (N, S), valid = t.shape, y >= 0
+    N, S = t.shape
     b = on_device(torch.randperm(N, generator=gen)[torch.arange(n) % N], y.device)
     which, octave = on_device(torch.rand(2, n, generator=gen), y.device)
-    where = (~valid).int().argsort(dim=1, stable=True)      # times of valid targets first, in order
-    target = where[b, (which * valid.sum(1)[b]).long()]
+    target = with_target(y)[b, (which * (y >= 0).sum(1)[b]).long()]
     before = (Tf ** octave).long().clamp(max=Tf - 1)
     return b * S + (target - before - t[b, 0]).clamp(0, S - 1)
 
@@ -147,12 +148,12 @@ def how_wrong(guess: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return wrong + valid * (0.2 * wrong.sum() / valid.sum().clamp(min=1) + 1e-9)
 
 
-def ask_first(decoder: Decoder, rows: Tensor, target: Tensor, valid: Tensor, wrong: Tensor,
+def ask_first(decoder: Decoder, rows: Tensor, target: Tensor, valid: Tensor, score: Tensor,
               share: float, gen: torch.Generator) -> Tensor:
     """Nats of y_t, decoded from a part `share` of the memories rows (N, K, d) alone."""
     # A pixel of the margin teaches nothing: decode where the guess goes wrong, weigh by how seldom
     # that is, and what is expected stays the mean over all.
-    some, scale = draw(wrong, max(1, round(share * len(rows))), gen)
+    some, scale = draw(score, max(1, round(share * len(rows))), gen)
     logits = decoder(rows[some])[:, 0].float()
     nats = F.cross_entropy(logits, target[some], ignore_index=-1, reduction="none")
     # the mean over all rows becomes that over those with a target
@@ -173,22 +174,23 @@ def ask_futures(decoder: Decoder, rows: Tensor, x: Tensor, y: Tensor, t: Tensor,
 def predictive(decoder: Decoder, heads: Heads | None, m: Tensor, t: Tensor, x: Tensor, y: Tensor,
                cfg, gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
     """L_dec, Eq. 2: memories m (N, S, K, d) at times t (N, S) of sequences x, y (N, T) int64 must
-    predict. Named scalars; "dec" is their sum, weighed by --lambda_fut and --lambda_past.
+    predict. Named scalars; "dec" is their sum, weighed by --lambda_past, _heads and _fut.
     `decoder` is the teacher's, or the RNN's readout. `density` is the part of all times that have a
     target, about (to count them would mean to wait for a GPU).
     """
     out, rows, target = {}, m.flatten(0, 1), y.gather(1, t).flatten()
-    wrong = valid = (target >= 0).float()                   # without heads no place is special
+    valid = (target >= 0).float()
+    score = valid                               # where to look: without heads no place is special
     if heads is not None and heads.P:
         out["past"] = ask_past(heads, rows, x, t)
     if heads is not None and heads.F:
         out["heads"], guess = ask_heads(heads, rows, y, t, cfg.heads_part, gen)
-        wrong = how_wrong(guess, target, valid)
+        score = how_wrong(guess, target, valid)
     if cfg.first:
-        out["first"] = ask_first(decoder, rows, target, valid, wrong, cfg.first * density, gen)
+        out["first"] = ask_first(decoder, rows, target, valid, score, cfg.first * density, gen)
     if whole := getattr(cfg, "futures", 0):                 # DMT has no such flag
         out["futures"] = ask_futures(decoder, rows, x, y, t, whole, cfg.octaves, gen)
-    weights = {k: getattr(cfg, f"lambda_{k}", 1.0) for k in ("past", "heads")}
-    weights["futures"] = getattr(cfg, "lambda_fut", 1.0)
-    total = sum((weights.get(k, 1.0) * v for k, v in out.items()), torch.zeros((), device=m.device))
+    flag = dict(past="lambda_past", heads="lambda_heads", futures="lambda_fut")  # where cfg has it
+    total = sum((getattr(cfg, flag.get(k, ""), 1.0) * v for k, v in out.items()),
+                torch.zeros((), device=m.device))
     return dict(dec=total) | out

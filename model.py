@@ -25,6 +25,8 @@ Glossary (paper's symbol, shape, meaning; the same names everywhere in this proj
     update  f_theta                    m_{t-1}, x_t -> m_t                       (Eq. 1)
     readout g_theta                    m_t -> y_t; a Decoder that is given the memory alone
 
+    w_*                                maps from stream to stream: muon.py knows them by that name
+
 The indices, once, on six tokens s_0 .. s_5 predicted autoregressively (tests/test_01_index.py):
 
     t      0     1     2     3     4     5
@@ -73,6 +75,13 @@ class ModelConfig:
         return 1 if self.rnn == "gru" else self.rnn_layers
 
 
+def first_piece(n: int, horizon: int, gen: torch.Generator) -> int:
+    """Where, of n times, the first piece of `horizon` times ends and the next one begins: anywhere,
+    so that every time is now young, now old (RNN.own_memories). 0 where one piece has room for all.
+    """
+    return int(torch.randint(horizon, (), generator=gen)) if horizon < n else 0
+
+
 ROWS = 16_384  # of one call; CUDA's attention kernels take 65,535 at most
 
 
@@ -113,7 +122,7 @@ def on_device(v: Tensor, device: torch.device | str) -> Tensor:
 
 def norm(h: Tensor) -> Tensor:
     """RMS normalisation without a gain: (..., d) -> (..., d), never bf16. Memories end in it, and
-    carried in bf16 they would lose every small change (autocast knows that since torch 2.12)."""
+    carried in bf16 they would lose every small change (before torch 2.12 autocast would)."""
     return F.rms_norm(h.to(torch.promote_types(h.dtype, torch.float32)), (h.shape[-1],))
 
 
@@ -307,6 +316,10 @@ class Decoder(nn.Module):
         h = block.mix(h[:, first:], q[:, :, first:], k, v, mask, causal=not first)
         return self.head(norm(h))
 
+    def logits(self, m: Tensor) -> Tensor:
+        """The readout: logits of y_t from m_t alone, (..., K, d) -> (..., V)."""
+        return self(m.flatten(0, -3))[:, 0].unflatten(0, m.shape[:-2])
+
 
 class TransformerUpdater(nn.Module):
     """f_theta over K memory tokens and one event token, full attention; the K outputs are the new
@@ -396,14 +409,14 @@ class RNN(nn.Module):
 
     def logits(self, m: Tensor) -> Tensor:
         """Logits of y_t from m_t: (..., K, d) -> (..., V)."""
-        return self.readout(m.flatten(0, -3))[:, 0].unflatten(0, m.shape[:-2])
+        return self.readout.logits(m)
 
     def rollout(self, m: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """Own memories on data inputs: from m = m_{t-1} (B, K, d) read x (B, S) =
         x_t .. x_{t+S-1} -> (B, S, K, d). t is one time, or one for each row (B,)."""
-        t, out = torch.full((), t, device=x.device) if isinstance(t, int) else t, []
+        first = t if isinstance(t, int) else t[:, None]         # of all rows, or of each
+        when, out = first + torch.arange(x.shape[1], device=x.device), []
         # Only the updates must wait for each other: all inputs are there, and embedded in one go.
-        when = t[..., None] + torch.arange(x.shape[1], device=x.device)
         for event in self.updater.event(x, when).unbind(1):
             m = self.next_memory(m, event)
             out.append(m)
@@ -416,20 +429,18 @@ class RNN(nn.Module):
 
     @torch.no_grad()
     def own_memories(self, labels: Tensor, x: Tensor, times: Tensor, horizon: int,
-                     gen: torch.Generator) -> Tensor:
+                     start: int) -> Tensor:
         """Where the RNN really is: its own memories, at most horizon - 1 updates away from an
         encoder's, without a graph: (B, n, K, d).
 
         labels (B, n, K, d) are the encoder's memories at n consecutive times, x (B, n) the inputs
-        there. All sequences are cut at the same places into pieces of `horizon` times, the first of
-        random length; at the start of a piece the memory is the encoder's, from there the RNN runs
-        alone, all pieces at once.
+        there. All sequences are cut into pieces at `start` (first_piece) and every `horizon` times
+        from there; where a piece begins, and at the first time, the memory is the encoder's, from
+        there the RNN runs alone, all pieces at once.
         """
         n, times = x.shape[1], on_device(times, x.device)
         horizon, own = min(horizon, n), labels.detach().clone()
         events = self.updater.event(x, times)
-        # a random first piece, so that every time is now young, now old
-        start = int(torch.randint(horizon, (), generator=gen)) if horizon < n else 0
         for age in range(1, horizon):
             # all places i with (i - start) mod horizon = age, but 0, which is always a label: n = 8,
             # horizon = 4, start = 2 makes 3 and 7, then 4, then 1 and 5; 0, 2 and 6 are labels

@@ -4,8 +4,9 @@
     value                 the same for all three
     _                     the method has no such flag; in a later block: stays as it was
 
-`laptop` names every flag. `gpu` and `paper` say what differs from it, and so do the blocks of
-KINDS, for some datasets. --help shows the result for the preset and dataset it is asked about.
+`laptop` names every flag that has no default in flags.py. `gpu` and `paper` say what differs from
+it, and so do the blocks of KINDS, for some datasets. --help shows the result for the preset and
+dataset it is asked about.
 """
 _ = None
 METHODS = ("smt", "dmt", "bptt")
@@ -132,7 +133,7 @@ PRESETS["paper"] = {
     "horizon":           (1,            256,          _),
     "micro":             (4,            _,            _),
     "span":              (_,            1,            _),
-    # a fresh batch every step; of its 32 * 256 updates one in 16 has a label
+    # a fresh batch every step; where T = 256 one in 16 of its updates has a label
     "spans":             (_,            512,          _),
     "recompute":         (_,            _,            28),  # else 265 GB for MNIST
     "steps":             (150_000,      1500,         150_000),

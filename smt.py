@@ -21,7 +21,8 @@ import trainer
 from evaluate import evaluate, summary
 from flags import flag
 from losses import predictive
-from model import RNN, Decoder, Encoder, Heads, ModelConfig, autocast, fp32, on_device
+from model import (RNN, Decoder, Encoder, Heads, ModelConfig, autocast, first_piece, fp32,
+                   on_device)
 from sample import draw_samples
 
 
@@ -33,11 +34,12 @@ class Config(flags.Config):
     detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
     times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
     rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
-    rnn_from: float = flag("part of the run without the RNN, first of all; the paper: 0")
-    decode_own: bool = flag("the RNN's memories must predict, too; the paper: no")
-    horizon: int = flag("learn after < horizon updates alone, too; 0 = all; paper: 1")
+    rnn_from: float = flag("part of the run, its first, in which the teacher learns alone; paper: 0")
+    decode_own: bool = flag("what the RNN makes must predict, too; the paper: no")
+    horizon: int = flag("updates alone before the RNN learns, 4 at first, then up to so many "
+                        "(0: all); 1: none, the paper")
     futures: int = flag("memories of a part that must predict their whole future")
-    octaves: bool = flag("they lie 1, 2-3, 4-7 .. before a target; paper: anywhere")
+    octaves: bool = flag("these lie 1, 2-3, 4-7 .. before a target; paper: anywhere")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
     lambda_past: float = flag("weight of recalling the last inputs (--past) within Eq. 2")
     first: float = flag("part of the memories that predict y_t alone; the paper: 0")
@@ -84,7 +86,7 @@ def on_policy(rnn: RNN, label: Tensor, x: Tensor, times: Tensor, horizon: int,
     They are what DMT learns from later; here they share a step with everything else, and they do
     not pull at the encoder. (B, n, K, d) -> new memories (B, n-1, K, d), mean square error."""
     # No graph: where the RNN has come to is given, and the gradient crosses the next update alone.
-    own = rnn.own_memories(label, x, times, horizon, gen)
+    own = rnn.own_memories(label, x, times, horizon, first_piece(len(times), horizon, gen))
     made = rnn.update(own[:, :-1], x[:, 1:], times[1:])
     # The label is detached. The encoder shall not move to where an untrained RNN happens to be.
     return made, F.mse_loss(made.float(), label[:, 1:].detach().float())
@@ -107,7 +109,7 @@ def objective(encoder: Encoder, decoder: Decoder, rnn: RNN, heads: Heads | None,
               gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
     """Eq. 2-5 on x, y (B, T) int64 at consecutive `times` (n,), on the CPU -> named scalars; "loss"
     is Eq. 5. The RNN learns on the first --rnn_batch sequences; horizon 1 leaves out what is
-    on-policy; `density` is losses.predictive's."""
+    on-policy; `density`: which part of all times has a target, about."""
     few = slice(cfg.rnn_batch or None)
     m, times = encoder(x, times), on_device(times, x.device)            # (B, n, K, d)
     label, x_now = m[few].detach() if cfg.detach_rnn else m[few], x[few][:, times]
@@ -195,8 +197,8 @@ def main(argv) -> None:
         joined = (run.progress - cfg.rnn_from) / max(1e-9, 1 - cfg.rnn_from)  # below 0: not yet
         horizon = horizon_at(max(0.0, joined), min(cfg.horizon or most, cfg.times or most, most))
         means, tokens = {}, 0
-        # Parts of a batch share their times. With one pass for each time, the paper's way, several
-        # parts give a step more times than one.
+        # The sequences of a part share their times: the paper's encoder has a pass for each. Several
+        # parts see more times.
         for _ in range(cfg.micro):
             x, y = task.batch(mine.batch_size // cfg.micro, run.gen)            # (B, T) each
             times = sample_times(min(x.shape[1], most), cfg.times, run.gen)     # (n,)
@@ -218,8 +220,7 @@ def main(argv) -> None:
             with run.averaged():
                 hand_over(encoder, decoder, rnn)
                 if run.time_to_evaluate():
-                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, kl_sequences=4,
-                                   fast=True)
+                    got = evaluate(task, rnn, encoder, decoder, "val", cfg.n_val, fast=True)
                     run.report(summary(got), best="one_step")
                     draw_samples(cfg.out_dir, task, rnn, n=min(40, cfg.n_val))
                 if run.time_to_save():

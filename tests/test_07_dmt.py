@@ -11,6 +11,7 @@ from tiny import B, K, M, T, gen, networks, recipe, sequences
 import dmt
 from checkpoints import CheckpointError
 from losses import cross_entropy
+from model import first_piece
 
 
 def setting(n=B):
@@ -43,7 +44,8 @@ def test_pieces(horizon, times):
     possible = [pieces(rnn, labels, x, times, horizon, start) for start in starts]
     seen = set()
     for seed in range(60):
-        own = rnn.own_memories(labels, x, times, horizon, gen(seed))
+        own = rnn.own_memories(labels, x, times, horizon,
+                               first_piece(len(times), horizon, gen(seed)))
         found = [s for s, p in zip(starts, possible) if torch.allclose(own, p, atol=1e-5)]
         assert len(found) == 1
         seen.add(found[0])
@@ -53,7 +55,7 @@ def test_pieces(horizon, times):
 def test_horizon_one_is_behaviour_cloning():
     """With horizon 1 every memory is the encoder's: SMT's pairs."""
     rnn, labels, x = setting()
-    assert torch.equal(rnn.own_memories(labels, x, torch.arange(T), 1, gen()), labels)
+    assert torch.equal(rnn.own_memories(labels, x, torch.arange(T), 1, 0), labels)
 
 
 def test_whole_horizon_is_the_rollout():
@@ -61,8 +63,8 @@ def test_whole_horizon_is_the_rollout():
     rnn, labels, x = setting()
     exact, times = rnn.memories(x), torch.arange(T)
     for horizon in (T, T + 7):
-        assert torch.allclose(rnn.own_memories(labels, x, times, horizon, gen()), exact, atol=1e-5)
-    short = rnn.own_memories(labels, x, times, T - 1, gen())
+        assert torch.allclose(rnn.own_memories(labels, x, times, horizon, 0), exact, atol=1e-5)
+    short = rnn.own_memories(labels, x, times, T - 1, 2)
     assert not torch.allclose(short, exact, atol=1e-3)
 
 
@@ -71,7 +73,7 @@ def test_labels_stay_as_they_are():
     rnn, labels, x = setting()
     labels.requires_grad_()
     before = labels.detach().clone()
-    own = rnn.own_memories(labels, x, torch.arange(T), 5, gen())
+    own = rnn.own_memories(labels, x, torch.arange(T), 5, 3)
     assert torch.equal(labels, before) and not own.requires_grad and own is not labels
 
 
@@ -197,6 +199,27 @@ def test_new_sequences_every_step():
     pairs = {(int(b), int(t)) for b, t in zip(walk.b, walk.t)}
     assert len(pairs) == 25 == len(walk.m) and {b for b, _ in pairs} == {0, 1, 2, 3}
     assert torch.allclose(walk.m, rnn.memories(walk.x)[walk.b, walk.t - 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("span, horizon", [(1, T), (1, 4), (3, 5)])
+def test_no_label_is_made_that_nobody_reads(span, horizon, monkeypatch):
+    """With --spans and the paper's encoder, which has a pass for every time: the labels of the
+    spans and the memories before them are those of all labels made, from fewer passes' rows."""
+    encoder, _, rnn = (net.double() for net in networks(encoder="bidirectional"))
+    cfg, batch, rows = recipe(dmt, span=span, spans=5), sequences(n=20), []
+    real = encoder.encode_window
+    monkeypatch.setattr(encoder, "encode_window",
+                        lambda x, t: (rows.append(len(x)), real(x, t))[1])
+    walk = dmt.begin(batch, encoder, rnn, horizon, cfg, gen(3))
+    made = sum(rows)
+    when = walk.t[:, None] + torch.arange(span)
+    everything = encoder(batch[0])
+    assert torch.allclose(walk.labels[walk.b[:, None], when],
+                          everything[walk.b[:, None], when], atol=1e-9)
+    starts = [i for i in range(horizon) if torch.allclose(
+        walk.m, rnn.own_memories(everything, batch[0], torch.arange(T), horizon, i)[
+            walk.b, walk.t - 1], atol=1e-7)]
+    assert starts and made <= 5 * span + 20 * (1 + -(-T // horizon)) < 20 * T
 
 
 def test_a_walk_is_kept_and_resumed():

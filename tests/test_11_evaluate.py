@@ -153,6 +153,9 @@ def test_the_rollout_goes_on_where_labels_end():
     assert got["late"]["rollout"] == pytest.approx(alone["late"]["rollout"])
     assert len(got["drift_by_time"]) == 5 and got["late"]["teacher"] is None  # no label at t >= 6
     assert got["rollout"] != pytest.approx(got["late"]["rollout"])
+    # means over other times than the RNN's: the table says so, and only here
+    said = "teacher, one step: of t < 5 alone; rollout: of all 12"
+    assert said in evaluate.table(got) and "alone" not in evaluate.table(alone)
 
 
 def test_late_means_the_second_half():
@@ -241,7 +244,8 @@ def test_longer_sequences_than_in_training(command, tmp_path, encoder):
     training, the window is the whole past and both teachers are one."""
     out = tmp_path / "run"
     code, _, err = command(f"smt.py --dataset stack --length 8 {{SIZES}} {{RUN}} --timestamps none "
-                           f"--encoder {encoder} --times 4 --horizon 1 --steps 20 --out_dir {out}")
+                           f"--encoder {encoder} --times 4 --horizon 1 --steps 20 --shortest 6 "
+                           f"--out_dir {out}")
     assert code == 0, err
     results = {}
     for length in (5, 8, 21):
