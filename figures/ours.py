@@ -98,8 +98,12 @@ def spans(lab: Lab) -> tuple[str, str]:
 
 def pretrain_runs(seeds: tuple) -> dict:
     """(task, updater, method, seed, rate) -> job. MNIST: race14's runs, and plain BPTT after half
-    of the minutes of SMT and DMT; permutation, divided alike, each method of BPTT at two rates."""
-    jobs = {}
+    of the minutes of SMT and DMT, or of the walk, which is DMT without SMT and labels; permutation,
+    divided alike, each method of BPTT at two rates."""
+    jobs = {("mnist", rnn, method, seed, None):
+            races.race_job("race14", races.RACES["race14"], rnn, method, seed)
+            for seed in seeds for rnn in races.UPDATERS
+            for method in ("new", "half-walk", "walk+bptt")}
     for job in races.race_jobs("race14", seeds):
         rnn, method = job.name.removeprefix("race14-").rsplit("-", 1)[0].split("-", 1)
         if method in ("bptt", "smt", "smt+bptt", "half"):
@@ -128,8 +132,8 @@ def pretrain_runs(seeds: tuple) -> dict:
 
 def pretrain(lab: Lab) -> tuple[str, str]:
     """What the paper's title says: BPTT that goes on from SMT, or from SMT and DMT, against BPTT
-    alone, in the same minutes, all by the loss that everyone's BPTT has. Where there are two rates,
-    the better one counts."""
+    alone, in the same minutes, all by the loss that everyone's BPTT has; and, which counts for
+    nothing, after the walk. Where there are two rates, the better one counts."""
     jobs = pretrain_runs(lab.seeds or ((0,) if lab.quick else (0, 1)))
 
     def measure():
@@ -146,11 +150,12 @@ def pretrain(lab: Lab) -> tuple[str, str]:
         best[r["task"], r["rnn"], r["seed"], r["method"]] = r
     draw_pretrained(best, lab.out("pretrain.png"))
     told, won = [], []
-    for method in ("smt+bptt", "smt+dmt+bptt"):
+    for method in ("smt+bptt", "smt+dmt+bptt", "walk+bptt"):
         pairs = [(r["nats"], best[(*cell, "bptt")]["nats"]) for (*cell, how), r in best.items()
                  if how == method and (*cell, "bptt") in best]
         if pairs:
-            won.append(sum(a < b for a, b in pairs) / len(pairs))
+            if "smt" in method:
+                won.append(sum(a < b for a, b in pairs) / len(pairs))
             told.append(f"{style.METHODS[method][0]} is better than BPTT in "
                         f"{sum(a < b for a, b in pairs)} of {len(pairs)} cells")
     if not won:  # some of its runs, and no two of a cell
@@ -162,7 +167,7 @@ def draw_pretrained(best: dict, path: str) -> None:
     """(task, updater, seed, method) -> row: MNIST on the left, permutation on the right."""
     fig, axes = style.panels(2, y="nats per validation image", height=3.4, width_ratios=(3, 1))
     for i, ax in enumerate(axes):
-        for k, method in enumerate(("bptt", "smt+bptt", "smt+dmt+bptt")):
+        for k, method in enumerate(("bptt", "smt+bptt", "smt+dmt+bptt", "walk+bptt")):
             at = [(races.UPDATERS.index(rnn) + 0.16 * k + 0.06 * seed, r)
                   for (task, rnn, seed, how), r in best.items()
                   if how == method and (task == "permutation") == i]

@@ -67,6 +67,8 @@ METHODS = {
     "smt+truncated": ("bptt", "smt", 1 - SMT_SHARE),
     "half": ("dmt", "smt", 0.5 - SMT_SHARE),  # DMT that ends early, so that ..
     "smt+dmt+bptt": ("bptt", "half", 0.5),    # .. BPTT has the second half
+    "half-walk": ("dmt", "new", 0.5),
+    "walk+bptt": ("bptt", "half-walk", 0.5),
 }
 
 
@@ -96,7 +98,7 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
     own = {"bptt-heads": cheap, "smt+dmt+bptt": cheap,
            # as many updates a step, however long a span is
            "dmt-span1": dict(span=1, batch_size=usual["batch_size"] * r["span"]),
-           "new": dict(steps=1), "walk": dict(lambda_mse=0.0),
+           "new": dict(steps=1), "walk": dict(lambda_mse=0.0), "half-walk": dict(lambda_mse=0.0),
            "dmt-mse0": dict(lambda_mse=0.0), "dmt-past0": dict(lambda_past=0.0),
            "truncated": dict(truncate=r["span"]),
            "smt+truncated": dict(truncate=r["span"])}.get(method, {})
@@ -106,7 +108,7 @@ def race_job(race: str, r: dict, rnn: str, method: str, seed: int) -> Job:
         task = {k: v for k, v in r["flags"]["smt"].items() if k in ("dataset", "image_size")}
         own = task | dict(rnn=rnn) | own
     elif laptop and script == "bptt":
-        own = dict(lr=(AFTER_DMT if after == "half" else AFTER_SMT)[rnn]) | own
+        own = dict(lr=(AFTER_SMT if after == "smt" else AFTER_DMT)[rnn]) | own
     return Job(name(method), script, r["minutes"] * share, r["flags"][script] | own |
                dict(seed=seed), name(after) if after else "")
 

@@ -29,6 +29,7 @@ METHODS = {
     "smt+truncated": ("SMT → BPTT, truncated", "#44AA99", "h"),
     "smt+bptt": ("SMT → BPTT", "#000000", "*"),
     "smt+dmt+bptt": ("SMT → DMT → BPTT", "#332288", "p"),
+    "walk+bptt": ("DMT alone, no Eq. 6 → BPTT", "#661100", "d"),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442",
            "#999999", "#882255")
