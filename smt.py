@@ -36,8 +36,7 @@ class Config(flags.Config):
     rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
     rnn_from: float = flag("part of the run, its first, in which the teacher learns alone; paper: 0")
     decode_own: bool = flag("what the RNN makes must predict, too; the paper: no")
-    horizon: int = flag("updates alone before the RNN learns, 4 at first, then up to so many "
-                        "(0: all); 1: none, the paper")
+    horizon: int = flag("updates alone first: 4, growing to this; 0 = to all; paper: 1")
     futures: int = flag("memories of a part that must predict their whole future")
     octaves: bool = flag("these lie 1, 2-3, 4-7 .. before a target; paper: anywhere")
     lambda_fut: float = flag("weight of these futures within Eq. 2; the paper: 1")
