@@ -54,12 +54,16 @@ def horizon_at(progress: float, most: int) -> int:
     return min(most, round(16 * (most / 16) ** min(1.0, progress / 0.6)))
 
 
+def spans_in(T: int, span: int) -> int:
+    """The fewest spans that cover all T - 1 updates of a sequence."""
+    return -(-(T - 1) // span)
+
+
 def span_starts(n: int, T: int, span: int, gen: torch.Generator) -> Tensor:
-    """When the spans of n sequences begin: (n, G) int64 on the CPU, ascending; G is the fewest that
-    cover all T - 1 updates. The first begins at 1, the last ends at T - 1, the others lie side by
-    side behind a random offset: near the ends, where some tasks ask, an update comes up to twice.
-    """
-    G = -(-(T - 1) // span)
+    """When the spans of n sequences begin: (n, G) int64 on the CPU, ascending; G = spans_in(T,
+    span). The first begins at 1, the last ends at T - 1, the others lie side by side behind a
+    random offset: near the ends, where some tasks ask, an update comes up to twice."""
+    G = spans_in(T, span)
     # Without an offset no span would ever begin elsewhere than at 1, 1 + span, 1 + 2 span .. The
     # smallest one still lets G spans reach the end, so that all sequences have as many.
     offset = torch.randint(T - 1 - (G - 1) * span, span + 1, (n, 1), generator=gen)
@@ -224,7 +228,7 @@ def kept(walk: Walk) -> dict[str, Tensor]:
 def resumed(kept: dict[str, Tensor], encoder: Encoder, B: int, T: int, span: int,
             device: str) -> Walk:
     """The walk that a checkpoint kept. Raises CheckpointError where it is none of this run's."""
-    c, G = encoder.c, -(-(T - 1) // span)
+    c, G = encoder.c, spans_in(T, span)
     shapes = dict(x=(B, T), y=(B, T), starts=(B, G), i=(B,), m=(B, c.mem_tokens, c.mem_dim))
     bounds = dict(x=(0, c.vocab), y=(-1, c.n_out), starts=(1, T - span + 1), i=(0, G))
     if {k: tuple(v.shape) for k, v in kept.items()} != shapes or not all(

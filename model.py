@@ -442,7 +442,7 @@ class RNN(nn.Module):
         horizon, own = min(horizon, n), labels.detach().clone()
         events = self.updater.event(x, times)
         for age in range(1, horizon):
-            # all places i with (i - start) mod horizon = age, but 0, which is always a label: n = 8,
+            # all places i with (i - start) mod horizon = age, but 0, always a label: n = 8,
             # horizon = 4, start = 2 makes 3 and 7, then 4, then 1 and 5; 0, 2 and 6 are labels
             first = (start + age) % horizon or horizon
             if first < n:

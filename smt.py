@@ -34,7 +34,7 @@ class Config(flags.Config):
     detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
     times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
     rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
-    rnn_from: float = flag("part of the run, its first, in which the teacher learns alone; paper: 0")
+    rnn_from: float = flag("first part of the run, in which the teacher learns alone; paper: 0")
     decode_own: bool = flag("what the RNN makes must predict, too; the paper: no")
     horizon: int = flag("updates alone first: 4, growing to this; 0 = to all; paper: 1")
     futures: int = flag("memories of a part that must predict their whole future")
@@ -196,8 +196,8 @@ def main(argv) -> None:
         joined = (run.progress - cfg.rnn_from) / max(1e-9, 1 - cfg.rnn_from)  # below 0: not yet
         horizon = horizon_at(max(0.0, joined), min(cfg.horizon or most, cfg.times or most, most))
         means, tokens = {}, 0
-        # The sequences of a part share their times: the paper's encoder has a pass for each. Several
-        # parts see more times.
+        # The sequences of a part share their times: the paper's encoder has a pass for each.
+        # Several parts see more times.
         for _ in range(cfg.micro):
             x, y = task.batch(mine.batch_size // cfg.micro, run.gen)            # (B, T) each
             times = sample_times(min(x.shape[1], most), cfg.times, run.gen)     # (n,)

@@ -63,8 +63,8 @@ def show(lab: Lab, names: dict, n: int, columns: int, across: int) -> tuple[str,
     ends = {row["label"]: row for row in rows if "nats" in row}
     outcomes = [races.outcome(row[key], row[f"{key}_stderr"]) for label, row in ends.items()
                 for key in ("over_bptt", "over_heads") if "SMT" in label and key in row]
-    return "nats per test image: " + ", ".join(f"{k} {row['nats']:.1f}" for k, row in ends.items()), \
-        races.said(outcomes)
+    told = ", ".join(f"{k} {row['nats']:.1f}" for k, row in ends.items())
+    return f"nats per test image: {told}", races.said(outcomes)
 
 
 def raced(race: str, updaters) -> dict:

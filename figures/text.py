@@ -157,7 +157,7 @@ def grid_jobs(dyn: float, unif: float) -> list:
 
 
 # The paper's DMT: one update a gradient, labels teach the updater and predictions the readout
-# alone. As many updates a step as ours, which learns from spans of 16 and from its predictions most.
+# alone. As many updates a step as ours, which learns from spans of 16 and most from predictions.
 PAPERS = dict(span=1, batch_size=2048, lambda_mse=1.0, detach_dec=True)
 
 
