@@ -83,7 +83,7 @@ class Config(Options):
     warmup: float = flag("steps of linear warm-up; below 1: a part of the run")
     decay: float = flag("the rate falls to this part of lr, a cosine; 1 = it stays")
     ema: float = flag("average the weights with this decay; 0 = keep the newest")
-    heads_part: float = flag("part of the memories whose heads are asked for all F targets")
+    heads_part: float = flag("part of the memories whose heads are asked for F targets")
     compile: bool = flag("torch.compile the Transformer blocks", default=False)
     graph: bool = flag("replay updates as a CUDA graph; not tried yet", default=False)
 
@@ -94,7 +94,7 @@ class Config(Options):
                              default=0.0)
     device: str = flag("auto, cpu, cuda, cuda:1, mps ...", "run", default="auto")
     threads: int = flag("CPU threads; 0 = torch's choice", "run", default=0)
-    data_dir: str = flag("where data files are; or set $SMT_DATA_DIR", "run",
+    data_dir: str = flag("where data files are (or $SMT_DATA_DIR)", "run",
                          default=os.environ.get("SMT_DATA_DIR", "data"))
     out_dir: str = flag("where the run writes; empty = runs/<script>-<dataset>", "run", default="")
     log_every: int = flag("steps between log lines", "run")

@@ -34,7 +34,7 @@ class Config(flags.Config):
     detach_rnn: bool = flag("the RNN does not shape the encoder's memories")
     times: int = flag("memories of a sequence in a step; 0 = all; the paper: 2")
     rnn_batch: int = flag("the RNN learns from so many sequences of a part; 0 = all")
-    rnn_from: float = flag("first part of the run, in which the teacher learns alone; paper: 0")
+    rnn_from: float = flag("part of the run in which the teacher learns alone; paper: 0")
     decode_own: bool = flag("what the RNN makes must predict, too; the paper: no")
     horizon: int = flag("updates alone first: 4, growing to this; 0 = to all; paper: 1")
     futures: int = flag("memories of a part that must predict their whole future")

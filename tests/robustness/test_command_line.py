@@ -332,9 +332,10 @@ def test_help_shows_every_default(script, command):
 
 @pytest.mark.parametrize("script", SCRIPTS + ("bench", "data"))
 def test_help_fits_on_two_pages(script, command):
-    """At most 100 lines of 100 columns; the groups come in order."""
+    """At most 100 lines of 100 columns, wherever $SMT_DATA_DIR is; the groups come in order."""
     code, out, _ = command(f"{script}.py --help")
-    assert code == 0 and out.count("\n") <= 100 and max(map(len, out.split("\n"))) <= 100
+    lines = [line for line in out.split("\n") if f"{flags.Config.data_dir})" not in line]
+    assert code == 0 and out.count("\n") <= 100 and max(map(len, lines)) <= 100
     if script in SCRIPTS[:4]:
         places = [out.index(f"\n{group}:\n") for group in flags.GROUPS]
         assert places == sorted(places)
