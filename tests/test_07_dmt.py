@@ -91,7 +91,7 @@ def test_curriculum_grows_to_the_whole():
 @pytest.mark.parametrize("length, span", [(T, 1), (T, 3), (T, 5), (T, T - 1), (64, 16), (2, 1)])
 def test_spans_cover_every_transition(length, span):
     """In every sequence each transition 1 .. T - 1 is learnt from; on average those in the middle
-    once, those near an end up to twice. All sequences have as many spans, and no more than needed."""
+    once, those near an end up to twice. All sequences have as many spans, and none too many."""
     n = 600
     starts = dmt.span_starts(n, length, span, gen())
     assert starts.shape == (n, math.ceil((length - 1) / span))
@@ -109,7 +109,7 @@ def test_spans_cover_every_transition(length, span):
         assert len(starts[:, 1].unique()) > 1
 
 
-# ------------------------------------------------------------------------------------------ the walk
+# ----------------------------------------------------------------------------------------- the walk
 
 def after(x):
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
@@ -156,7 +156,7 @@ def test_a_walk_is_the_rollout(span):
 
 
 def test_every_step_has_all_ages():
-    """As many sequences begin as are in the middle and end; in one turn each is learnt from whole."""
+    """As many sequences begin as are under way and end; in one turn each is learnt from whole."""
     encoder, rnn, cfg, task, g, walk = under_way(span=2, n=20)
     assert walk.i.bincount().tolist() == [4] * 5
     seen = torch.zeros(20, T)
@@ -174,7 +174,7 @@ def test_every_step_has_all_ages():
 
 
 def test_put_back_on_the_label():
-    """Nobody on the way, with whole rollouts. With a short horizon: about every `horizon` updates."""
+    """Nobody on the way, with whole rollouts; about every `horizon` updates with a short one."""
     encoder, rnn, cfg, task, g, walk = under_way(span=2, n=40)
     made = dmt.objective(rnn, None, walk, torch.ones(()), cfg, gen(1))[1].detach()
     rows = torch.arange(40)
@@ -194,7 +194,7 @@ def test_put_back_on_the_label():
 
 
 def test_new_sequences_every_step():
-    """With --spans, the paper: any spans of any sequence, each at most once, from its own memory."""
+    """With --spans, the paper: any spans of any sequence, each at most once, from its own m."""
     encoder, rnn, cfg, task, g, walk = under_way(span=1, n=4, spans=25)
     pairs = {(int(b), int(t)) for b, t in zip(walk.b, walk.t)}
     assert len(pairs) == 25 == len(walk.m) and {b for b, _ in pairs} == {0, 1, 2, 3}

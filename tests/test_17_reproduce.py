@@ -303,7 +303,7 @@ def test_what_both_have_solved_or_what_is_within_the_error_has_no_winner():
     assert verdict == "agrees" and said.index("at 1 of 4 points") < said.index("at 0 of 4 points")
     lost = [row("lost", "dmt", 2.0), row("lost", "bptt", 1.0)]
     assert tasks.judged(rows + lost)[1] == "open" and tasks.judged(lost)[1] == "disagrees"
-    # seeds that differ say as little as test sequences that do: 0.1 against 0.2, and one seed of 0.1
+    # seeds that differ say as little as sequences that do: 0.1 against 0.2, and one seed of 0.1
     near, far = ([row("seeds", m, v) for m, v in (("dmt", 0.1), ("dmt", 0.102), ("bptt", low),
                                                   ("bptt", high))]
                  for low, high in ((0.199, 0.201), (0.1, 0.3)))
@@ -333,7 +333,7 @@ def test_the_better_rate_of_bptt_counts():
 
 
 def test_a_curve_counts_what_went_before(tmp_path):
-    """SMT -> DMT -> BPTT: the third run's minutes, tokens and layers come on top of both others'."""
+    """SMT -> DMT -> BPTT: the third run's minutes, tokens, layers come on top of both others'."""
     jobs = [Job("task-gru-smt-0", "smt", 1.0), Job("task-gru-half-0", "dmt", 1.0, {},
                                                   "task-gru-smt-0"),
             Job("task-gru-smt+dmt+bptt-0", "bptt", 1.0, {}, "task-gru-half-0")]

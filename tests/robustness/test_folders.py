@@ -300,12 +300,13 @@ def test_a_folder_that_is_not_for_writing_is_left_alone(album, cache, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- many drawings in one file ---------------------------------------------------------------------
+# --- many drawings in one file --------------------------------------------------------------------
 
 def packed(path, n=120, side=16, **changes):
     """sketchy_*.npz with n random drawings, three of each photo."""
     ink = (np.random.default_rng(0).random((n, side, side)) < 0.1).astype(np.uint8)
-    arrays = dict(images_packed=np.packbits(ink.reshape(n, -1), axis=1), shape=np.array([side, side]),
+    bits = np.packbits(ink.reshape(n, -1), axis=1)
+    arrays = dict(images_packed=bits, shape=np.array([side, side]),
                   filenames=np.array([f"bee/n{i // 3}-{i % 3}.png" for i in range(n)])) | changes
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
     return ink
@@ -348,7 +349,8 @@ def test_a_copy_is_not_taken_for_drawings(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(filenames=None), dict(shape=None), dict(shape=np.array([16, 17])), dict(shape=np.array([4])),
+    dict(filenames=None), dict(shape=None), dict(shape=np.array([16, 17])),
+    dict(shape=np.array([4])),
     dict(images_packed=np.zeros((3, 5), np.uint8)), dict(images_packed=np.zeros((120, 32))),
     dict(filenames=np.array([object()] * 120)), "text", "cut"])
 def test_a_broken_packed_file_is_one_line(tmp_path, changes):
