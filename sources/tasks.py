@@ -179,19 +179,22 @@ def stack(variant, length, symbols, depth, device="cpu"):
     return endless("stack", T, S + 2, S + 1 if ours else S, make, about, show, device)
 
 
-def recall(variant, keys, symbols, key_len, device="cpu"):
+def recall(variant, keys, symbols, key_len, gap, device="cpu"):
     """paper: a value is as long as a key. One key is asked for; its value is the target and is fed
     back. Here all keys differ. Two of the authors' may be equal: then a question has two answers.
-    ours: a value is one symbol, and all keys are asked for: multi-query recall (Zoology, MAD)."""
+    ours: a value is one symbol, and all keys are asked for: multi-query recall (Zoology, MAD).
+    With a gap, which is ours, nothing happens between the last pair and the question."""
     P, S, k, ours = keys, symbols, key_len, variant == "ours"
     check(S >= 2, "symbols", S, "at least 2")
     check(1 <= k <= 16 and S ** k <= 100_000, "key_len", k,
           "at least 1, with symbols ** key_len at most 100,000")
     check(1 <= P <= S ** k, "keys", P,
           f"between 1 and symbols ** key_len = {S ** k}, the number of different keys")
-    V, asked = (1, P) if ours else (k, 1)             # symbols of a value, and keys asked for
-    query, bos = 2 * S, 2 * S + 1 if ours else 2 * S  # 0..S-1 spell keys, S..2S-1 values
-    ask = 1 + P * (k + V) + (1 if ours else 0)        # time of the first question's first symbol
+    check(0 <= gap <= 100_000, "gap", gap, "between 0 and 100,000")
+    V, asked = (1, P) if ours else (k, 1)  # symbols of a value, and keys asked for
+    pauses = gap + (1 if ours else 0)
+    pause, bos = 2 * S, 2 * S + (pauses > 0)  # 0..S-1 spell keys, S..2S-1 values
+    ask = 1 + P * (k + V) + pauses         # time of the first question's first symbol
     T = ask + asked * k + V - 1
 
     def spell(key):  # (n, P) numbers -> (n, P, k) symbols
@@ -202,14 +205,12 @@ def recall(variant, keys, symbols, key_len, device="cpu"):
         value = torch.randint(S, (n, P, V), generator=g)
         order = torch.rand(n, P, generator=g).argsort(1)[:, :asked]
         pairs = torch.cat([spell(key), S + value], -1).flatten(1)
-        told = torch.cat([torch.full((n, 1), bos), pairs], 1)
+        told = torch.cat([torch.full((n, 1), bos), pairs, torch.full((n, pauses), pause)], 1)
         question = spell(key.gather(1, order)).flatten(1)
         answer = value[torch.arange(n)[:, None], order].flatten(1)   # (n, asked * V)
         clean = torch.full((n, T), -1)
         clean[:, ask + k - 1::(k if ours else 1)] = answer
-        if ours:
-            return torch.cat([told, torch.full((n, 1), query), question], 1), clean
-        return torch.cat([told, question, S + answer[:, :-1]], 1), clean
+        return torch.cat([told, question] + [S + answer[:, :-1]] * (not ours), 1), clean
 
     def show(x, y):
         spelled = lambda ids, first=0: "".join(letter(i - first) for i in ids)
@@ -217,11 +218,12 @@ def recall(variant, keys, symbols, key_len, device="cpu"):
                 for i in range(1, 1 + P * (k + V), k + V)]
         said = [spelled(x[i:i + k]) + "->" + spelled(y[i + k - 1:][:V])
                 for i in range(ask, ask + asked * k, k)]
-        return " ".join(["^", *told, "?", *said])
+        return " ".join(["^", *told, *["." * gap] * (gap > 0), "?", *said])
 
     about = f"{P} different uniform keys of {k} symbols, each with a uniform value" + \
+            (f" of {k}" if not ours else "") + (f"; then {gap} pauses" if gap else "") + \
             ("; then every key once more in random order, and its value is the target" if ours else
-             f" of {k}; then one of the keys once more, and its value is the target")
+             "; then one of the keys once more, and its value is the target")
     return endless("recall", T, bos + 1, S, make, about, show, device)
 
 

@@ -305,7 +305,8 @@ def test_every_variant_of_every_task_is_in_these_tables():
 
 
 OTHER = dict(length=9, symbols=5, noise=0.9, needle_range=3, reverse=False, depth=1, keys=3,
-             key_len=3, examples=4, modulus=5, items=4, gamma=0.9, shortest=4)
+             key_len=3, gap=2, examples=4, modulus=5, items=4, gamma=0.9,
+             shortest=4)
 
 
 @pytest.mark.parametrize("name, option", [
@@ -376,8 +377,12 @@ def test_every_task_can_be_read_aloud(name):
     ("stack, ours", dict(length=5, symbols=3), [4, 0, 2, 3, 3], [-1, 0, 2, 0, 3], "^ac-- -> aca."),
     ("recall", dict(keys=2, symbols=3, key_len=2), [6, 0, 1, 5, 4, 2, 2, 3, 3, 0, 1, 5],
      [-1] * 10 + [2, 1], "^ ab=cb cc=aa ? ab->cb"),
+    ("recall", dict(keys=2, symbols=3, key_len=1, gap=3), [7, 0, 5, 2, 3, 6, 6, 6, 2],
+     [-1] * 8 + [0], "^ a=c c=a ... ? c->a"),
     ("recall, ours", dict(keys=2, symbols=3, key_len=1), [7, 0, 5, 2, 3, 6, 2, 0],
      [-1] * 6 + [0, 2], "^ a=c c=a ? c->a a->c"),
+    ("recall, ours", dict(keys=2, symbols=3, key_len=1, gap=1), [7, 0, 5, 2, 3, 6, 6, 2, 0],
+     [-1] * 7 + [0, 2], "^ a=c c=a . ? c->a a->c"),
     ("modular", dict(examples=2, modulus=6), [6, 2, 3, 5], [-1, 3, -1, 0], "^ 2->3 5->0 (mod 6)"),
     ("modular, ours", dict(examples=2, modulus=5), [10, 2, 8, 4], [-1, 3, -1, 0],
      "^ 2->3 4->0 (mod 5)"),
@@ -399,7 +404,7 @@ def test_lines_read_aloud(case, options, x, y, line):
     ("stack", dict(length=2), "--length"), ("stack, ours", dict(length=1), "--length"),
     ("stack", dict(depth=0), "--depth"), ("stack", dict(noise=0.1), "--noise"),
     ("recall", dict(keys=65), "--keys"), ("recall", dict(keys=0), "--keys"),
-    ("recall", dict(key_len=6), "--key_len"), ("modular", dict(examples=0), "--examples"),
+    ("recall", dict(key_len=6), "--key_len"), ("recall", dict(gap=-1), "--gap"), ("modular", dict(examples=0), "--examples"),
     ("modular", dict(modulus=1), "--modulus"), ("modular", dict(modulus=-1), "--modulus"),
     ("modular", dict(modulus=257), "--modulus"), ("modular, ours", dict(modulus=65), "--modulus"),
     ("parity", dict(length=1), "--length"), ("permutation", dict(items=7), "--items"),
