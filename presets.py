@@ -211,6 +211,10 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "lambda_mse":        (_,            0.3,          _),
     "lr":                (_,            1e-3,         _),  # not to lose what SMT has found
 }
+# What y will be hangs on an x to come: no head can say it.
+KINDS["laptop", "modular"] = KINDS["gpu", "modular"] = {
+    "heads":             (0,            _,            _),
+}
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),
