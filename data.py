@@ -41,7 +41,7 @@ OPTIONS = {
                       needle_range=0),
     "copy": dict(variant="paper", length=33, shortest=0, symbols=8, noise=0.0, reverse=True),
     "stack": dict(variant="paper", length=64, shortest=0, symbols=4, depth=5),
-    "recall": dict(variant="paper", keys=8, symbols=8, key_len=2, gap=0),
+    "recall": dict(variant="paper", keys=8, symbols=8, key_len=2, gap=0, shortest=0),
     "modular": dict(variant="paper", examples=8, modulus=0),
     "parity": dict(length=64, shortest=0),
     "permutation": dict(length=32, shortest=0, items=5),
@@ -74,7 +74,7 @@ HELP = {
     "glyphs": "the characters",
     "jitter": "strength of the random affine maps",
     "length": "sequence length T, BOS included",
-    "shortest": "train on sequences of T, T/2, T/4 .. down to this; 0 = of T alone",
+    "shortest": "train on T (recall: gaps), T/2, T/4 .. down to this; 0 = T alone",
     "data_file": "the text to learn, any UTF-8 file, plain or gzipped",
     "variant": "paper: the task as the paper's authors define it; ours: another of that name",
     "symbols": "number of symbols",
@@ -147,32 +147,34 @@ def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
     return getattr(tasks, name)(device=device, **o)
 
 
-def several_lengths(name, device, length, shortest, **options) -> Data:
-    """A synthetic task whose training batches have a random length each: `length`, half of it, a
-    quarter .. down to `shortest`; 0: `length` alone. What is held out has the full length.
+def several_lengths(name, device, shortest, **options) -> Data:
+    """A synthetic task whose training batches have a random length each: `length` (of recall `gap`),
+    half of it, a quarter .. down to `shortest`; 0: that alone. What is held out has the full one.
 
     A short sequence shows in a few steps what a long one asks for, and costs little.
     """
-    check(shortest == 0 or 3 <= shortest <= length, "shortest", shortest,
-          f"0, or between 3 and --length {length}")
+    key, least = ("gap", 1) if name == "recall" else ("length", 3)
+    whole, make = options[key], getattr(tasks, name)
+    check(shortest == 0 or least <= shortest <= whole, "shortest", shortest,
+          f"0, or between {least} and --{key} {whole}")
     # A string to copy is halved, and 1 + 2 of its lengths are the sequence.
-    half = lambda T: 1 + 2 * ((T - 1) // 4) if name == "copy" else T // 2
-    lengths = [length]
+    half = lambda n: 1 + 2 * ((n - 1) // 4) if name == "copy" else n // 2
+    lengths = [whole]
     while shortest and half(lengths[-1]) >= shortest:
         lengths.append(half(lengths[-1]))
-    make = getattr(tasks, name)
-    each = {length: make(device=device, length=length, **options)}
-    for T in lengths[1:]:
+    each = [make(device=device, **options)]
+    for n in lengths[1:]:
         try:
-            each[T] = make(device=device, length=T, **options)
+            each.append(make(device=device, **options | {key: n}))
         except DataError as e:
             raise DataError(f"--shortest {shortest}: with it {e}") from None
 
     def batch(n, generator):
-        pick = int(torch.randint(len(lengths), (), generator=generator)) if shortest else 0
-        return each[lengths[pick]].batch(n, generator)
+        pick = int(torch.randint(len(each), (), generator=generator)) if shortest else 0
+        return each[pick].batch(n, generator)
 
-    return dataclasses.replace(each[length], batch=batch, density=lambda T: each[T].density(T))
+    density = {task.T: task.density(task.T) for task in each}
+    return dataclasses.replace(each[0], batch=batch, density=density.__getitem__)
 
 
 def bayes(held):

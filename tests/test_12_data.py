@@ -483,6 +483,7 @@ BAD = [
     ("retrieval", dict(image_size=28), "--image_size"),
     ("retrieval", dict(shortest=2), "--shortest"), ("copy", dict(shortest=40), "--shortest"),
     ("retrieval", dict(shortest=3, length=12), "--shortest"),
+    ("recall", dict(shortest=1), "--shortest"), ("recall", dict(gap=9, shortest=10), "--shortest"),
 ]
 
 

@@ -305,8 +305,7 @@ def test_every_variant_of_every_task_is_in_these_tables():
 
 
 OTHER = dict(length=9, symbols=5, noise=0.9, needle_range=3, reverse=False, depth=1, keys=3,
-             key_len=3, gap=2, examples=4, modulus=5, items=4, gamma=0.9,
-             shortest=4)
+             key_len=3, gap=2, examples=4, modulus=5, items=4, gamma=0.9, shortest=4)
 
 
 @pytest.mark.parametrize("name, option", [
@@ -314,30 +313,35 @@ OTHER = dict(length=9, symbols=5, noise=0.9, needle_range=3, reverse=False, dept
     for option in data.OPTIONS[name.partition(",")[0]] if option != "variant"])
 def test_every_option_changes_the_task(name, option):
     """None is accepted and then forgotten, in any variant."""
+    gap = dict(gap=9) if "recall" in name and option == "shortest" else {}
+
     def drawn(**options):
-        x, y = load(name, **options).batch(50, rng())
+        x, y = load(name, **gap, **options).batch(50, rng())
         return x.tolist(), y.tolist()
     assert drawn() != drawn(**{option: OTHER[option]})
 
 
 @pytest.mark.parametrize("name, length, shortest, lengths", [
     ("retrieval", 32, 8, {32, 16, 8}), ("stack", 20, 9, {20, 10}), ("permutation", 9, 9, {9}),
-    ("copy", 31, 3, {31, 15, 7, 3}), ("copy", 33, 5, {33, 17, 9, 5})])
+    ("copy", 31, 3, {31, 15, 7, 3}), ("copy", 33, 5, {33, 17, 9, 5}),
+    ("recall", 12, 3, {12, 6, 3}), ("recall, ours", 5, 1, {5, 2, 1})])
 def test_training_on_several_lengths(name, length, shortest, lengths):
     """Every batch has one of them, all come up, and each is the task of that length with its own
-    density. What is held out has the full length and is what it is without the option."""
-    d, g = load(name, length=length, shortest=shortest), rng()
+    density. What is held out has the full length and is what it is without the option. In recall
+    it is the gap that is halved."""
+    key, rest = ("gap", load(name).T) if "recall" in name else ("length", 0)
+    d, g = load(name, shortest=shortest, **{key: length}), rng()
     drawn = [d.batch(4, g) for _ in range(40)]
-    assert {x.shape[1] for x, _ in drawn} == lengths
+    assert {x.shape[1] - rest for x, _ in drawn} == lengths
     assert all(x.shape == y.shape and (x[:, 0] == d.bos).all() for x, y in drawn)
-    for T in lengths:
-        alone = load(name, length=T)
+    for T in (n + rest for n in lengths):
+        alone = load(name, **{key: T - rest})
         assert d.density(T) == alone.density(T)
         targets = torch.stack([(y >= 0).sum(0) > 0 for x, y in drawn if x.shape[1] == T]).any(0)
         possible = (alone.held_out("val")["y"] >= 0).any(0)
         assert not (targets & ~possible).any() and targets.any()
-    whole = load(name, length=length).held_out("val", 5)
-    assert d.T == length and torch.equal(d.held_out("val", 5)["x"], whole["x"])
+    whole = load(name, **{key: length}).held_out("val", 5)
+    assert d.T == length + rest and torch.equal(d.held_out("val", 5)["x"], whole["x"])
 
 
 def test_a_larger_stack_and_longer_keys():
