@@ -65,13 +65,10 @@ def objective(rnn: RNN, heads: Heads | None, own: Tensor, x: Tensor, y: Tensor, 
         return dict(loss=dec.pop("dec")) | dec
     # Only the updates had to wait for each other: all memories are read out at once, or with
     # --recompute in parts, which keep less than the whole rollout did.
-    part = max(1, cfg.recompute or own.shape[1]) * len(x)
-    own, target = own.flatten(0, 1), y[:, t:t + own.shape[1]].flatten()
-    if density < 1:  # nobody asks the others
-        own, target = own[target >= 0], target[target >= 0]
+    part = cfg.recompute or own.shape[1]
     read = [checkpoint(rnn.logits, m, use_reentrant=False) if cfg.recompute else rnn.logits(m)
-            for m in own.split(part)]
-    return dict(loss=cross_entropy(torch.cat(read), target))
+            for m in own.split(part, dim=1)]
+    return dict(loss=cross_entropy(torch.cat(read, dim=1), y[:, t:t + own.shape[1]]))
 
 
 def sequential_layers(c: ModelConfig, T: int) -> int:

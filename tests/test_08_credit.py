@@ -52,25 +52,6 @@ def test_truncation_in_pieces_has_the_loss_of_the_whole():
     assert torch.allclose(whole, total, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [0, 3])
-def test_bptt_reads_out_what_is_asked(recompute, monkeypatch):
-    """Memories without a target are not decoded, in whole sequences or pieces: BPTT shall not pay
-    for what SMT and DMT leave out. The loss is the mean over the targets, one by one."""
-    _, _, rnn = networks()
-    x, y = sequences()
-    y[:, :8], y[0, 9] = -1, -1
-    seen, logits = [], rnn.logits
-    monkeypatch.setattr(rnn, "logits", lambda m: seen.append(len(m)) or logits(m))
-    cfg, own = recipe(bptt, recompute=recompute), bptt.unroll(rnn, None, x, 0)
-    for t, n in ((0, T), (0, 4), (7, 4)):
-        seen.clear()
-        loss = bptt.objective(rnn, None, own[:, t:t + n], x, y, t, cfg, gen(), density=0.3)["loss"]
-        asked = (y[:, t:t + n] >= 0).nonzero().tolist()
-        assert sum(seen) == len(asked)
-        each = [-logits(own[b, t + i][None]).log_softmax(-1)[0, y[b, t + i]] for b, i in asked]
-        assert torch.allclose(loss, sum(each, torch.zeros(())) / max(1, len(asked)), atol=1e-5)
-
-
 def test_bptt_may_decode_a_part_and_guess_the_rest():
     """With --first and --lambda_heads BPTT asks what SMT and DMT ask: its loss is the heads' plus,
     in the mean over draws, the loss of all outputs, whose gradient still crosses all updates."""
