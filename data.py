@@ -74,7 +74,7 @@ HELP = {
     "glyphs": "the characters",
     "jitter": "strength of the random affine maps",
     "length": "sequence length T, BOS included",
-    "shortest": "train on T (recall: gaps), T/2, T/4 .. down to this; 0 = T alone",
+    "shortest": "train on sequences (recall: gaps) of T, T/2 .. down to this; 0 = of T alone",
     "data_file": "the text to learn, any UTF-8 file, plain or gzipped",
     "variant": "paper: the task as the paper's authors define it; ours: another of that name",
     "symbols": "number of symbols",

@@ -210,7 +210,8 @@ def recall(variant, keys, symbols, key_len, gap, device="cpu"):
         answer = value[torch.arange(n)[:, None], order].flatten(1)   # (n, asked * V)
         clean = torch.full((n, T), -1)
         clean[:, ask + k - 1::(k if ours else 1)] = answer
-        return torch.cat([told, question] + [S + answer[:, :-1]] * (not ours), 1), clean
+        fed_back = answer[:, :0] if ours else S + answer[:, :-1]
+        return torch.cat([told, question, fed_back], 1), clean
 
     def show(x, y):
         spelled = lambda ids, first=0: "".join(letter(i - first) for i in ids)
@@ -218,7 +219,7 @@ def recall(variant, keys, symbols, key_len, gap, device="cpu"):
                 for i in range(1, 1 + P * (k + V), k + V)]
         said = [spelled(x[i:i + k]) + "->" + spelled(y[i + k - 1:][:V])
                 for i in range(ask, ask + asked * k, k)]
-        return " ".join(["^", *told, *["." * gap] * (gap > 0), "?", *said])
+        return " ".join(["^", *told, *(["." * gap] if gap else []), "?", *said])
 
     about = f"{P} different uniform keys of {k} symbols, each with a uniform value" + \
             (f" of {k}" if not ours else "") + (f"; then {gap} pauses" if gap else "") + \

@@ -344,6 +344,18 @@ def test_training_on_several_lengths(name, length, shortest, lengths):
     assert d.T == length + rest and torch.equal(d.held_out("val", 5)["x"], whole["x"])
 
 
+@pytest.mark.parametrize("case", ["recall", "recall, ours"])
+def test_a_gap_is_pauses_and_nothing_else(case):
+    """Without its pauses a sequence is the one that has no gap; nobody asks during a pause."""
+    plain, wide = load(case), load(case, gap=5)
+    (x, y), (wide_x, wide_y) = plain.batch(20, rng()), wide.batch(20, rng())
+    start = 1 + 8 * (2 + (1 if "ours" in case else 2))  # behind BOS and the pairs
+    pauses = slice(start, start + 5)
+    assert (wide_x[:, pauses] == 2 * wide.n_out).all() and (wide_y[:, pauses] == -1).all()
+    less = lambda v: torch.cat([v[:, :start], v[:, start + 5:]], 1)
+    assert torch.equal(less(wide_x)[:, 1:], x[:, 1:]) and torch.equal(less(wide_y), y)
+
+
 def test_a_larger_stack_and_longer_keys():
     """Depth and key length are what they say: a stack of one forgets nothing it could tell, keys of
     three differ."""
