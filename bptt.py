@@ -57,9 +57,10 @@ def unroll(rnn: RNN, m: Tensor | None, x: Tensor, t: int, recompute: int = 0) ->
 def objective(rnn: RNN, heads: Heads | None, own: Tensor, x: Tensor, y: Tensor, t: int, cfg,
               gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
     """Cross-entropy of the readout on memories own (B, S, K, d) of times t .. t+S-1 (Eq. 1), of
-    sequences x, y (B, T) int64; or what SMT and DMT ask instead (losses.predictive). Named
+    sequences x, y (B, T) int64; or what SMT and DMT ask instead (losses.predictive). Where few
+    times have a target only those are read out, as there; in pieces, --truncate, all. Named
     scalars."""
-    if cfg.first < 1 or heads is not None:
+    if cfg.first < 1 or heads is not None or density < 1 and not cfg.truncate:
         when = (t + torch.arange(own.shape[1], device=x.device)).expand(len(x), -1)
         dec = predictive(rnn.readout, heads, own, when, x, y, cfg, gen, density)
         return dict(loss=dec.pop("dec")) | dec

@@ -348,7 +348,8 @@ def drawn(name, length, symbols, gamma, power, rule, device):
             f"in training there are none at t >= {late}"
     task = endless(name, T, S + 1, S, make, about, show, device, posterior=posterior)
     held_out = lambda split, n=None: task.held_out(split, n) | dict(clean=None)
-    return dataclasses.replace(task, batch=batch, held_out=held_out, late_from=late)
+    return dataclasses.replace(task, batch=batch, held_out=held_out, late_from=late,
+                               density=lambda length: (late - 1) / T)
 
 
 def recency(length, symbols, gamma, device="cpu"):

@@ -52,6 +52,22 @@ def test_truncation_in_pieces_has_the_loss_of_the_whole():
     assert torch.allclose(whole, total, atol=1e-5)
 
 
+@pytest.mark.parametrize("last", [1, 5])
+def test_bptt_reads_out_what_is_asked(last):
+    """Where only the last times have a target no other memory is decoded: BPTT does not pay for
+    what SMT and DMT leave out. Each target counts once, so the loss is their mean."""
+    _, _, rnn = networks()
+    x, y = sequences()
+    y[:, :-last] = -1
+    own, seen = bptt.unroll(rnn, None, x, 0), []
+    whole = bptt.objective(rnn, None, own, x, y, 0, recipe(bptt), gen())["loss"]
+    rnn.readout.register_forward_pre_hook(lambda net, args: seen.append(len(args[0])))
+    for seed in range(5):
+        few = bptt.objective(rnn, None, own, x, y, 0, recipe(bptt), gen(seed), last / T)["loss"]
+        assert torch.allclose(few, whole, atol=1e-5)
+    assert seen == 5 * [B * last]
+
+
 def test_bptt_may_decode_a_part_and_guess_the_rest():
     """With --first and --lambda_heads BPTT asks what SMT and DMT ask: its loss is the heads' plus,
     in the mean over draws, the loss of all outputs, whose gradient still crosses all updates."""

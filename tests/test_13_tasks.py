@@ -189,8 +189,11 @@ def test_batches_follow_their_generator_and_differ_from_what_is_held_out(name):
     ("recall", 2), ("recall, ours", 8), ("modular", 8), ("modular, ours", 8), ("parity", 63),
     ("permutation", 31), ("recency", 57), ("primacy", 57)])
 def test_how_many_targets_a_sequence_has(name, targets):
-    """As many as the definition says. (How many pops a stack sees is chance.)"""
-    assert ((load(name).batch(20, rng())[1] >= 0).sum(1) == targets).all()
+    """As many as the definition says, and density is their part of all times. (How many pops a
+    stack sees is chance.)"""
+    d = load(name)
+    assert ((d.batch(20, rng())[1] >= 0).sum(1) == targets).all()
+    assert abs(d.density(d.T) * d.T - targets) < 1e-6
 
 
 @pytest.mark.parametrize("needle_range, last", [(0, 8), (5, 5), (14, 14)])
