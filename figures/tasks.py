@@ -18,7 +18,7 @@ TASKS = {
     "stack": ("depth", (2, 5, 10), {}),
 }
 # BPTT is run at two rates, and the better one counts, point by point: no rate suits all tasks
-RATES = dict(retrieval=(2e-3, 1e-2))
+RATES = dict(retrieval=(2e-3, 1e-2), modular=(5e-3, 1e-2))
 MINUTES = 3.0
 # SMT's part of them, the races'; in recall, where labels do it, twice as much (seed 7, four pairs:
 # 0.018 nats over the optimum with an eighth, 8e-4 with a quarter)
@@ -218,9 +218,8 @@ def labels_runs(task: str) -> dict[str, Job]:
     at full weight, without Eq. 6 (labels are only where it starts anew), and DMT alone, which has
     no use of labels at all, of an updater that SMT never saw."""
     axis, values, rest = TASKS[task]
-    flags = dict(dataset=task) | {axis: values[0]} | rest | UPDATER
-    if task == "recall":
-        flags["heads"] = 28  # as all others have; by default it has none
+    # heads in all of them; by default some have none
+    flags = dict(dataset=task, heads=28) | {axis: values[0]} | rest | UPDATER
     one = dict(span=1, batch_size=2048)  # as many updates a step as with spans of 32
     smt, dmt = both(f"labels-{task}", flags, (0.75, 2.25), dmt=one | dict(lambda_mse=1.0))
     new = Job(f"labels-{task}-new-0", "smt", 0, flags | dict(seed=0, steps=1))
