@@ -84,7 +84,7 @@ FIGURES = {
     "labels": ("with gradients across one update, labels teach the RNN",
                "the easiest points of fig3, GRU, gradients that cross one update, with labels and "
                "without, 3 minutes a run", tasks.labels),
-    "binding": ("associative recall: SMT → DMT beats BPTT (in 8 minutes, not in 18)",
+    "binding": ("associative recall: SMT → DMT beats BPTT",
                 "recall, 8 pairs, GRU, two seeds, 8 minutes a side, BPTT at three rates",
                 tasks.binding),
     "stories": ("TinyStories: SMT → DMT predicts better than BPTT, and writes stories",
