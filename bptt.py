@@ -54,13 +54,19 @@ def unroll(rnn: RNN, m: Tensor | None, x: Tensor, t: int, recompute: int = 0) ->
     return torch.cat(own, dim=1)
 
 
+def few_targets(density: float, T: int) -> bool:
+    """More times than the first, BOS, have no target."""
+    return density * T < T - 1.5
+
+
 def objective(rnn: RNN, heads: Heads | None, own: Tensor, x: Tensor, y: Tensor, t: int, cfg,
               gen: torch.Generator, density: float = 1.0) -> dict[str, Tensor]:
     """Cross-entropy of the readout on memories own (B, S, K, d) of times t .. t+S-1 (Eq. 1), of
     sequences x, y (B, T) int64; or what SMT and DMT ask instead (losses.predictive). Where few
     times have a target only those are read out, as there; in pieces, --truncate, all. Named
     scalars."""
-    if cfg.first < 1 or heads is not None or density < 1 and not cfg.truncate:
+    asked = few_targets(density, y.shape[1]) and not cfg.truncate
+    if cfg.first < 1 or heads is not None or asked:
         when = (t + torch.arange(own.shape[1], device=x.device)).expand(len(x), -1)
         dec = predictive(rnn.readout, heads, own, when, x, y, cfg, gen, density)
         return dict(loss=dec.pop("dec")) | dec
@@ -101,7 +107,7 @@ def demand_targets(cfg: Config, task) -> None:
     """Refuse pieces that ask heads, or a part of their memories, where few times have a target.
     Raises UserError."""
     # pieces are weighed by their targets, and those without any would ask heads for nothing
-    few = task.density(task.T) * task.T < task.T - 1.5  # the first time, BOS, may have none
+    few = few_targets(task.density(task.T), task.T)
     if cfg.truncate and (cfg.first < 1 or cfg.lambda_heads) and few:
         fail("--truncate with --lambda_heads, or --first below 1, needs targets at all times, "
              f"and {cfg.dataset} has fewer; leave one of them out")

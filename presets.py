@@ -211,12 +211,14 @@ KINDS["laptop", "recall"] = {  # but not here: any key may be asked for
     "lambda_mse":        (_,            0.3,          _),
     "lr":                (_,            1e-3,         _),  # not to lose what SMT has found
 }
-# No head can say what y will be, it hangs on an x to come; and where a span crosses the whole string
-# nobody needs heads: they take part of the step and of the gradient.
-for name in "modular", "copy":
-    KINDS["laptop", name] = KINDS["gpu", name] = {
-        "heads":         (0,            _,            _),
-    }
+# What y will be hangs on an x to come: no head can say it.
+KINDS["laptop", "modular"] = KINDS["gpu", "modular"] = {
+    "heads":             (0,            _,            _),
+}
+# A span crosses the whole string: who need not ask early learns it better.
+KINDS["laptop", "copy"] = KINDS["gpu", "copy"] = {
+    "heads":             (0,            _,            _),
+}
 KINDS["gpu", "synthetic"] = {  # as the laptop's
     "lambda_mse":        (_,            0.03,         _),
     "first":             (1.0,          1.0,          _),

@@ -20,8 +20,8 @@ TASKS = {
 # BPTT is run at two rates, and the better one counts, point by point: no rate suits all tasks
 RATES = dict(retrieval=(2e-3, 1e-2), modular=(5e-3, 1e-2))
 MINUTES = 3.0
-# SMT's part of them, the races'; in recall, where labels do it, twice as much (seed 7, four pairs:
-# 0.018 nats over the optimum with an eighth, 8e-4 with a quarter)
+# SMT's part of them, the races'; in recall, where DMT lives on labels, twice as much (seed 7, four
+# pairs: 0.018 nats over the optimum with an eighth, 8e-4 with a quarter)
 SHARE = dict(recall=2 * SMT_SHARE)
 REACH = {64: 2.0, 128: 3.0, 256: 5.0, 512: 8.0, 1024: 8.0}  # T -> minutes of each method
 AXES = dict(length="T", keys="pairs", examples="examples", depth="depth")

@@ -74,6 +74,11 @@ def letter(i) -> str:
     return chr(ord("a") + int(i)) if int(i) < 26 else f"<{int(i)}>"
 
 
+def spell(number: Tensor, n: int, base: int) -> Tensor:
+    """Numbers (...,) int64 as n digits, the highest first: (..., n)."""
+    return torch.stack([number // base ** (n - 1 - i) % base for i in range(n)], -1)
+
+
 def retrieval(variant, length, symbols, noise, needle_range, device="cpu"):
     """paper: a marker precedes the needle. The same marker comes last and asks for it.
     ours: the needle has an alphabet of its own, so one look at it is enough. A query comes last."""
@@ -197,16 +202,13 @@ def recall(variant, keys, symbols, key_len, gap, device="cpu"):
     ask = 1 + P * (k + V) + pauses         # time of the first question's first symbol
     T = ask + asked * k + V - 1
 
-    def spell(key):  # (n, P) numbers -> (n, P, k) symbols
-        return torch.stack([key // S ** (k - 1 - i) % S for i in range(k)], -1)
-
     def make(n, g):
         key = torch.rand(n, S ** k, generator=g).topk(P, 1).indices  # all differ, in random order
         value = torch.randint(S, (n, P, V), generator=g)
         order = torch.rand(n, P, generator=g).argsort(1)[:, :asked]
-        pairs = torch.cat([spell(key), S + value], -1).flatten(1)
+        pairs = torch.cat([spell(key, k, S), S + value], -1).flatten(1)
         told = torch.cat([torch.full((n, 1), bos), pairs, torch.full((n, pauses), pause)], 1)
-        question = spell(key.gather(1, order)).flatten(1)
+        question = spell(key.gather(1, order), k, S).flatten(1)
         answer = value[torch.arange(n)[:, None], order].flatten(1)   # (n, asked * V)
         clean = torch.full((n, T), -1)
         clean[:, ask + k - 1::(k if ours else 1)] = answer
