@@ -148,8 +148,9 @@ def load(name, data_dir="data", device="cpu", seed=0, **options) -> Data:
 
 
 def several_lengths(name, device, shortest, **options) -> Data:
-    """A synthetic task whose training batches have a random length each: `length` (of recall `gap`),
-    half of it, a quarter .. down to `shortest`; 0: that alone. What is held out has the full one.
+    """A synthetic task whose training batches have a random length each: `length` (of recall
+    `gap`), half of it, a quarter .. down to `shortest`; 0: that alone. What is held out has the
+    full one.
 
     A short sequence shows in a few steps what a long one asks for, and costs little.
     """
