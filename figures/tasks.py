@@ -279,7 +279,8 @@ def binding_runs(seed: int) -> list[Job]:
     then = Job(f"binding-smt+bptt-{seed}", "bptt", 3.0, dict(lr=1e-3, seed=seed), smt.name)
     new = Job(f"binding-new-{seed}", "smt", 0, flags | dict(seed=seed, steps=1))
     walk = Job(f"binding-walk-{seed}", "dmt", 8.0,
-               dict(lr=2e-3, lambda_mse=0.0, horizon=18, seed=seed), new.name)  # 18: T
+               # whole rollouts (T is 18) and no past: to recall it held the walk back (1.58 nats)
+               dict(lr=2e-3, lambda_mse=0.0, lambda_past=0.0, horizon=18, seed=seed), new.name)
     return [smt, dmt, then, new, walk] + [
         Job(f"binding-bptt-{lr:g}-{seed}", "bptt", 8.0, flags | dict(lr=lr, seed=seed))
         for lr in (1e-3, 2e-3, 5e-3)]
