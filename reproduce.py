@@ -98,6 +98,8 @@ FIGURES = {
                  ours.pretrain),
     "clock": ("not in the paper: who must be told the time?",
               "14×14, timestamps for all, for the encoder, for none; 2 minutes a run", ours.clock),
+    "transformer": ("SMT → DMT beats BPTT on five synthetic tasks, with the paper's updater",
+                    "fig3's middle difficulties, Transformer, two seeds", tasks.transformer),
     "tasks": ("not in the paper, or only its code: tasks that Figure 3 leaves out",
               "recency, primacy and three more, GRU, equal minutes, BPTT at two rates",
               tasks.others),

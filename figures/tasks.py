@@ -1,4 +1,4 @@
-"""Figures 3 and 13, and a table of the rest: the synthetic tasks."""
+"""Figures 3 and 13, and tables of the rest: the synthetic tasks."""
 import math
 
 import numpy as np
@@ -8,7 +8,7 @@ from figures import style
 from figures.runs import SMT_SHARE, Job, Lab, both, looks, scores, table, train
 from presets import recipe
 
-UPDATER = dict(rnn="gru")  # the one that BPTT does best with
+UPDATER = dict(rnn="gru")  # the one that BPTT does best with; the paper's is the Transformer
 # task -> the flag on the paper's axis, three values of it, the rest of the task
 TASKS = {
     "retrieval": ("length", (32, 64, 128), {}),
@@ -33,12 +33,15 @@ OTHERS = {
     "retrieval, noise 0.3": dict(dataset="retrieval", length=32, noise=0.3),
     "permutation": dict(dataset="permutation", length=32),
 }
+# the middle one of figure 3's difficulties with the paper's updater
+TRANSFORMER = {f"{task}, {values[1]}": dict(dataset=task, rnn="transformer") | {axis: values[1]} |
+               rest for task, (axis, values, rest) in TASKS.items()}
 
 
 def runs_of(name: str, flags: dict, seed: int) -> list[Job]:
     """SMT, DMT, BPTT with heads that guess the next targets, as SMT and DMT have them, and BPTT at
     each of its rates; BPTT has as many minutes as the first two together."""
-    task, flags = flags["dataset"], flags | UPDATER
+    task, flags = flags["dataset"], UPDATER | flags
     rates, share = RATES.get(task, (2e-3, 5e-3)), SHARE.get(task, SMT_SHARE)
     decoded = recipe("dmt", "laptop", data.kinds(task, flags["rnn"]))["first"]
     return both(name, flags, (MINUTES * share, MINUTES * (1 - share)), seed) + \
@@ -367,8 +370,20 @@ def fig13(lab: Lab) -> tuple[str, str]:
 
 def others(lab: Lab) -> tuple[str, str]:
     """Nats over the Bayes optimum on tasks that are not in Figure 3, as there."""
-    jobs = {(task, seed): runs_of(task.replace(", ", "-").replace(" ", "-"), flags, seed)
-            for task, flags in OTHERS.items() for seed in lab.seeds or (0,)}
+    return side_by_side(lab, OTHERS, lab.seeds or (0,))
+
+
+def transformer(lab: Lab) -> tuple[str, str]:
+    """Figure 3's middle difficulties with the updater that the paper has."""
+    return side_by_side(lab, TRANSFORMER, lab.seeds or ((0,) if lab.quick else (0, 1)),
+                        "transformer-")
+
+
+def side_by_side(lab: Lab, points: dict[str, dict], seeds: tuple,
+                 prefix: str = "") -> tuple[str, str]:
+    """One column for each of the points, {name: flags of the task}. `prefix`: of the runs."""
+    jobs = {(task, seed): runs_of(prefix + task.replace(", ", "-").replace(" ", "-"), flags, seed)
+            for task, flags in points.items() for seed in seeds}
 
     def measure():
         for (task, seed), row in compared(lab, jobs):
@@ -378,12 +393,12 @@ def others(lab: Lab) -> tuple[str, str]:
     fig, axes = style.panels(1, y="nats over the Bayes optimum (least: 1e-6)", height=3.6)
     for method in ("bptt", "bptt-heads", "teacher", "dmt"):
         key, source = ("teacher", "dmt") if method == "teacher" else ("excess", method)
-        at = [(list(OTHERS).index(r["task"]), max(r[key], 1e-6)) for r in rows
+        at = [(list(points).index(r["task"]), max(r[key], 1e-6)) for r in rows
               if r["method"] == source]
         axes[0].plot(*zip(*at), **style.of(method) | dict(ls="")) if at else None
     least = min(max(r["excess"], 1e-6) for r in rows)
-    axes[0].set(yscale="log", ylim=(least / 2, 10), xlim=(-0.5, len(OTHERS) - 0.5))
-    axes[0].set_xticks(range(len(OTHERS)), labels=OTHERS)
+    axes[0].set(yscale="log", ylim=(least / 2, 10), xlim=(-0.5, len(points) - 0.5))
+    axes[0].set_xticks(range(len(points)), labels=points)
     axes[0].legend()
-    style.save(fig, lab.out("tasks.png"))
+    style.save(fig, lab.out(f"{lab.name}.png"))
     return against_bptt(rows)
